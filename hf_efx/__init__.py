@@ -1,0 +1,61 @@
+"""hf_efx: research methods for efficient and uncertainty-aware training, as an extension of the Hugging Face ecosystem.
+
+Public names are imported when they are first used: `import hf_efx` loads neither torch nor peft. Its one side effect is
+a post-import hook: when transformers loads its quantizer registry, `hf_efx.core.loading` registers itself there, so that
+plain `AutoModel....from_pretrained` reads efx checkpoints, whichever of the two packages was imported first.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from hf_efx.version import __version__
+
+if TYPE_CHECKING:
+    from hf_efx.core.adapter import default_targets, get_efx_model, merge_and_unload, unload
+    from hf_efx.core.arguments import EfxArguments
+    from hf_efx.core.efx_config import EfxConfig
+    from hf_efx.core.peft_bridge import register_peft
+    from hf_efx.core.trainer import EfxTrainer, EfxTrainerMixin
+    from hf_efx.low_rank import (
+        DenseWarmupCallback,
+        FactorDecayCallback,
+        LowRankArguments,
+        LowRankConfig,
+        LowRankTrainer,
+        low_rank_report,
+    )
+
+_PUBLIC = {
+    "hf_efx.core.adapter": ("default_targets", "get_efx_model", "merge_and_unload", "unload"),
+    "hf_efx.core.arguments": ("EfxArguments",),
+    "hf_efx.core.efx_config": ("EfxConfig",),
+    "hf_efx.core.peft_bridge": ("register_peft",),
+    "hf_efx.core.trainer": ("EfxTrainer", "EfxTrainerMixin"),
+    "hf_efx.low_rank": (
+        "DenseWarmupCallback",
+        "FactorDecayCallback",
+        "LowRankArguments",
+        "LowRankConfig",
+        "LowRankTrainer",
+        "low_rank_report",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = ["__version__", *sorted(_MODULE_OF)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'hf_efx' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register_loading(module: Any) -> None:
+    importlib.import_module("hf_efx.core.loading")

@@ -1,0 +1,294 @@
+"""The one engine that matches modules and swaps them: door 1 (`get_efx_model`), `unload` and `merge_and_unload`.
+
+A module is swapped in place, by its `__class__`, not wrapped: references to it, hooks and device placement stay.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from torch import nn
+
+from hf_efx.core.efx_config import FORMAT_VERSION, QUANT_METHOD, EfxConfig, check_record, entry_config
+from hf_efx.core.weight_view import DENSE_TYPES
+
+if TYPE_CHECKING:
+    from hf_efx.core.method_config import EfxMethodConfig
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Their forward reads the weights of these children directly, in a fused fast path.
+_FUSED_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def get_efx_model(
+    model: ModelT,
+    configs: "EfxConfig | EfxMethodConfig | Iterable[EfxMethodConfig] | None" = None,
+    *,
+    pretrained: bool = False,
+) -> ModelT:
+    """Puts methods into a model, in memory.
+
+    Args:
+        model: Any `torch.nn.Module`. It is changed in place.
+        configs: Method configs, applied in order. None puts back what `model.config.efx` names.
+        pretrained: True says that the weights are trained, so that configs which would discard them are refused.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: If a config can't be carried out on this model (the reason and the way out are named). Everything is
+            checked first: the model is unchanged then.
+    """
+    if configs is None:
+        record = efx_record(model)
+        if record is None:
+            raise ValueError("get_efx_model(model) without configs restores what config.efx names, but there is none.")
+        restore_efx_model(model, record)
+        return model
+    methods = (configs if isinstance(configs, EfxConfig) else EfxConfig(configs)).methods
+    _refuse_foreign(model)
+    entries, taken = [], {}
+    for config in methods:
+        targets = match_targets(model, config)
+        for name in targets:
+            if name in taken:
+                raise ValueError(
+                    f"{type(config).__name__}: module {name!r} is already taken by the {taken[name]} config before it in "
+                    f"the list. Part them with target_modules or exclude_modules."
+                )
+        plan = config.plan(model, targets, pretrained)
+        if config.changes_skeleton:
+            taken.update(dict.fromkeys(plan, config.method))
+        entries.append((config, plan))
+    for config, plan in entries:
+        config.apply(model, plan)
+    old = (efx_record(model) or {"methods": []})["methods"]
+    new = [{"method": c.method, "config": c.method_fields(), "modules": plan} for c, plan in entries]
+    _write_record(model, [*old, *new])
+    return model
+
+
+def restore_efx_model(model: nn.Module, record: dict[str, Any]) -> None:
+    """Rebuilds the structure that a record (`config.efx`) describes on a dense model, in place.
+
+    Values of rebuilt parameters are left for a checkpoint to fill.
+
+    Args:
+        model: The dense model, on any device, meta included.
+        record: As returned by `efx_record`.
+
+    Raises:
+        ValueError: If the record is malformed, newer than this version, or names modules that the model lacks.
+    """
+    entries = [(entry_config(e), plan_for(model, e["modules"]), e) for e in check_record(record)["methods"]]
+    for config, plan, _ in entries:
+        config.restore(model, plan)
+    _write_record(model, [{**entry, "modules": plan} for _, plan, entry in entries])
+
+
+def plan_for(model: nn.Module, modules: dict[str, Any]) -> dict[str, Any]:
+    """A record's modules under the names they have in this model.
+
+    A checkpoint of `GPT2LMHeadModel` says `transformer.h.0...` where `GPT2Model` says `h.0...`, and the reverse.
+
+    Raises:
+        ValueError: If a module can't be found.
+    """
+    names = {name for name, _ in model.named_modules()}
+    prefix = getattr(model, "base_model_prefix", "")
+    result = {}
+    for name, spec in modules.items():
+        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        found = next((c for c in candidates if c in names), None)
+        if found is None:
+            raise ValueError(
+                f"config.efx names the module {name!r}, which {type(model).__name__} doesn't have: the checkpoint belongs "
+                f"to another architecture, or its config.json was changed."
+            )
+        result[found] = spec
+    return result
+
+
+def merge_and_unload(model: ModelT) -> ModelT:
+    """Takes all methods off: a plain dense model with the same outputs and state-dict keys.
+
+    Raises:
+        ValueError: If a peft adapter is still on the model, or a method can't be merged (the reason is named).
+    """
+    _refuse_foreign(model)
+    record = efx_record(model)
+    for entry in reversed(record["methods"] if record else []):
+        entry_config(entry).merge(model, entry["modules"])
+    _write_record(model, [])
+    return model
+
+
+def unload(model: ModelT) -> ModelT:
+    """Takes the training-time methods off and leaves what changes the skeleton (low rank) in place."""
+    record = efx_record(model)
+    kept = []
+    for entry in record["methods"] if record else []:
+        config = entry_config(entry)
+        if config.changes_skeleton:
+            kept.append(entry)
+        else:
+            config.merge(model, entry["modules"])
+    _write_record(model, kept)
+    return model
+
+
+def efx_record(model: nn.Module) -> dict[str, Any] | None:
+    """What stands in `model.config.efx` (for a plain module without a config: in `model.efx`), None if nothing."""
+    return getattr(getattr(model, "config", model), "efx", None)
+
+
+def _write_record(model: nn.Module, methods: list[dict[str, Any]]) -> None:
+    holder: Any = getattr(model, "config", model)
+    if methods:
+        holder.efx = {"format_version": FORMAT_VERSION, "methods": methods}
+    elif hasattr(holder, "efx"):
+        del holder.efx
+    if holder is model:
+        return
+    # Read by core/loading.py. On the live model it is a plain dict: transformers and the Trainer take only a model
+    # that carries an `hf_quantizer` for a quantised one, and `save_pretrained` writes it as it stands.
+    if any(entry_config(entry).changes_skeleton for entry in methods):
+        holder.quantization_config = {"quant_method": QUANT_METHOD}
+    elif getattr(holder, "quantization_config", None) is not None:
+        del holder.quantization_config
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """Every Linear, Conv1D and Conv2d that is no embedding, stem or head: the default at all doors.
+
+    Heads are what a transformers model holds outside its base model, its output embeddings, and modules called
+    `classifier`, `score` or `lm_head`; in a plain module the last Linear. The stem is the first Conv2d. Modules whose
+    weight is shared with another module, grouped convolutions and modules that a fused kernel of torch reads are left
+    out too.
+    """
+    layers = {name: m for name, m in model.named_modules() if type(m) in DENSE_TYPES}
+    skipped = {name for name, m in layers.items() if unsuitable(model, name, m)}
+    skipped |= _heads(model, layers)
+    skipped |= set([name for name, m in layers.items() if isinstance(m, nn.Conv2d)][:1])
+    return [name for name in layers if name not in skipped]
+
+
+def _heads(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    if not hasattr(model, "base_model_prefix"):
+        return set([name for name, m in layers.items() if isinstance(m, nn.Linear)][-1:])
+    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
+    base = f"{model.base_model_prefix}."
+    has_base = any(name.startswith(base) for name in layers)
+    return {
+        name
+        for name, m in layers.items()
+        if m is output
+        or (has_base and not name.startswith(base))
+        or name.rpartition(".")[2] in ("classifier", "score", "lm_head")
+    }
+
+
+def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why no method may change this module, None if it may."""
+    if type(module) not in DENSE_TYPES:
+        if hasattr(module, "base_layer"):
+            return "peft has already adapted it: merge that adapter first, or put hf_efx on first and LoRA on top"
+        if hasattr(module, "dense_class"):
+            return "it is already factorised"
+        return f"it is a {type(module).__name__}, not a plain Linear, Conv1D or Conv2d (quantised or custom layers aren't)"
+    weight: torch.Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}: quantised layers can't be changed, load the model unquantised"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"it is a grouped convolution (groups={module.groups})"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, _FUSED_PARENTS):
+        return f"its parent {type(parent).__name__} reads its weight in a fused kernel"
+    owners = {n for n, p in model.named_parameters(remove_duplicate=False) if p is weight}
+    if len(owners) > 1:
+        return f"its weight is tied ({', '.join(sorted(owners))}): changing one side would break the tie silently"
+    return None
+
+
+def match_targets(
+    model: nn.Module, config: "EfxMethodConfig", layers: dict[str, nn.Module] | None = None
+) -> dict[str, nn.Module]:
+    """The modules that a config acts on, by name.
+
+    Args:
+        model: The model.
+        config: Whose target_modules, exclude_modules and layers_to_transform choose.
+        layers: The modules to choose from, by name; all of the model's if None.
+
+    Raises:
+        ValueError: If nothing matches, or a module that was named can't be changed (with the reason).
+    """
+    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+
+    by_default = config.target_modules in (None, "all-linear")
+    resolved = type(config)(**{**config.method_fields(), "target_modules": default_targets(model)}) if by_default else config
+    found = {}
+    for name, module in (layers or dict(model.named_modules())).items():
+        hit = check_target_module_exists(resolved, name) if name else False
+        if hit and not isinstance(hit, _ExcludedModule):
+            reason = unsuitable(model, name, module)
+            # A pattern such as "mlp" also matches containers; only a layer that was meant deserves an error.
+            if reason and (hasattr(module, "weight") or hasattr(module, "base_layer")):
+                raise ValueError(
+                    f"{type(config).__name__}: module {name!r} can't be changed, since {reason}. Leave it out with "
+                    f"exclude_modules."
+                )
+            if not reason:
+                found[name] = module
+    if not found:
+        layers = [name for name, m in model.named_modules() if type(m) in DENSE_TYPES]
+        raise ValueError(
+            f"{type(config).__name__}: target_modules={config.target_modules!r} (exclude_modules="
+            f"{config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r}) matches no module of "
+            f"{type(model).__name__}. It has, among others: {', '.join(layers[:8]) or 'no Linear, Conv1D or Conv2d'}."
+        )
+    return found
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    """Raises where the whole model is in a state that no method may change."""
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{type(model).__name__} already carries a peft adapter. Put hf_efx on first and the adapter on top, or merge "
+            f"or unload the adapter first. (For a low-rank adapter: peft.get_peft_model(model, LowRankConfig(...)).)"
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD:
+        raise ValueError(
+            f"The model is quantised ({quantizer.quantization_config.quant_method}): its weights are packed integers, "
+            f"which have no factors. Load it without quantization_config first."
+        )
+
+
+@contextmanager
+def hook_kept(module: nn.Module) -> Iterator[None]:
+    """Lifts accelerate's hook (a device map's) off a module while its class is swapped, and puts it back.
+
+    Such a hook holds the bound forward of the old class.
+
+    Raises:
+        ValueError: If the hook keeps the weights elsewhere (CPU or disk offload).
+    """
+    hook: ModelHook | None = getattr(module, "_hf_hook", None)
+    inner = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    if any(isinstance(h, AlignDevicesHook) and h.offload for h in inner):
+        raise ValueError(
+            "The device map offloads this module's weights to CPU or disk: apply the config before dispatching the "
+            "model, or with a device_map that holds it whole."
+        )
+    if hook is not None:
+        remove_hook_from_module(module)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            add_hook_to_module(module, hook)

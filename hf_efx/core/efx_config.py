@@ -1,0 +1,108 @@
+"""EfxConfig: the ordered list of method configs that a checkpoint carries, and its form on disk.
+
+A checkpoint's `config.json` holds it under `efx`:
+
+    {"format_version": 1, "methods": [{"method": "low_rank", "config": {...}, "modules": {"h.0.attn.c_attn": {...}}}]}
+
+`config` are the user's settings, `modules` the structure they led to. Loading reads `modules` alone, so that a checkpoint
+outlives changes in how targets and ranks are chosen. What the version promises stands in docs/checkpoints.md.
+
+This file must not import peft: transformers' loading imports it.
+"""
+
+import importlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_efx.registry import METHODS
+
+if TYPE_CHECKING:
+    from hf_efx.core.method_config import EfxMethodConfig
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "hf_efx"
+
+
+class EfxConfig(QuantizationConfigMixin):
+    """Ordered list of method configs.
+
+    Pass it to `from_pretrained(..., quantization_config=EfxConfig([...]))` to make an efx model out of a dense checkpoint
+    while it loads, or to `get_efx_model`. It is a quantization config in form only, the official way into
+    transformers' loading; nothing is quantised.
+
+    Args:
+        methods: Method configs, in the order in which they are applied.
+
+    Raises:
+        ValueError: For something that is no method config.
+    """
+
+    def __init__(self, methods: "Iterable[EfxMethodConfig] | EfxMethodConfig" = (), **unused: Any) -> None:
+        self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
+        unused.pop("quant_method", None)
+        if unused:
+            raise ValueError(f"EfxConfig: unknown key {next(iter(unused))!r}; it takes a list of method configs.")
+        self.methods = [methods] if hasattr(methods, "method_fields") else list(methods)  # pyright: ignore
+        for config in self.methods:
+            if not hasattr(config, "method_fields"):
+                raise ValueError(
+                    f"EfxConfig: {config!r} is no config of an hf_efx method. Pass for example LowRankConfig(rank=0.25); "
+                    f"LoRA and other peft configs go on top afterwards, with peft.get_peft_model."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form for `config.quantization_config`: the methods themselves stand in `config.efx`."""
+        return {"quant_method": QUANT_METHOD}
+
+
+def config_class(method: str) -> "type[EfxMethodConfig]":
+    """The config class of a method by its registry name.
+
+    Raises:
+        ValueError: If this version knows no model method of that name.
+    """
+    row = METHODS.get(method)
+    if row is None or row.config is None:
+        known = ", ".join(name for name, m in METHODS.items() if m.config)
+        raise ValueError(
+            f"config.efx names the method {method!r}, which this hf_efx doesn't have (it has: {known}). Upgrade hf_efx."
+        )
+    module, _, name = row.config.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def check_record(record: Any) -> dict[str, Any]:
+    """Checks what stands in `config.efx`.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: If it is malformed or written in a newer format.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("methods"), list):
+        raise ValueError(f"config.efx is {record!r}; expected {{'format_version': ..., 'methods': [...]}}.")
+    version = record.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"config.efx has format_version={version!r}; expected a whole number from 1 to {FORMAT_VERSION}.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"config.efx has format_version={version}, this hf_efx reads up to {FORMAT_VERSION}: a newer hf_efx wrote the "
+            f"checkpoint. Upgrade with `pip install -U hf_efx`."
+        )
+    for entry in record["methods"]:
+        unknown = sorted(set(entry) - {"method", "config", "modules"})
+        if unknown or "method" not in entry:
+            raise ValueError(f"config.efx has an entry with the unknown key {unknown[:1]} or without 'method': {entry}.")
+    return record
+
+
+def entry_config(entry: dict[str, Any]) -> "EfxMethodConfig":
+    """The method config that an entry of `config.efx` describes.
+
+    Raises:
+        ValueError: For an unknown method, key or value.
+    """
+    return config_class(entry["method"])(**entry.get("config", {}))

@@ -1,0 +1,170 @@
+"""Step, micro-step, rank and the random state of methods that draw while training (slice starts, drop masks).
+
+A draw is a pure function of (seed, step, micro-step, rank, name): recomputation under gradient checkpointing repeats
+it, so does a resumed run, and the global random state is left alone. Draws are on inside a training step alone:
+scoring (before the step begins), evaluation and generation (after it ends) get none, even of a model in training mode.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+# Under this key the state stands in a checkpoint's trainer_state.json, among the `stateful_callbacks`. It is no class
+# name: transformers would otherwise put a new callback, unconnected to the context, in ours' place
+# (`restore_callback_states_from_checkpoint`).
+STATE_KEY = "hf_efx.step_context"
+
+
+def derive_seed(seed: int, step: int, micro_step: int, rank: int | None, name: str) -> int:
+    """Hashes a place in a run to a seed from 0 to 2^63 - 1, the same on every machine.
+
+    Args:
+        seed: The run's seed.
+        step: Optimizer step.
+        micro_step: Micro-batch within the step (gradient accumulation).
+        rank: Process, or None for a draw that all processes share.
+        name: Who draws, such as a module's name.
+    """
+    place = f"{seed}/{step}/{micro_step}/{rank}/{name}".encode()
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
+
+
+class StepContext:
+    """Where a run is, and the random numbers that belong there.
+
+    Under a Trainer, `StepContextCallback` moves it. A loop of one's own calls `begin_step(step)`, `next_micro_step()`
+    between the micro-batches, and `end_step()` after the optimizer's step.
+
+    Args:
+        seed: The run's seed.
+        rank: This process, from 0.
+    """
+
+    def __init__(self, seed: int, rank: int = 0) -> None:
+        self.seed = seed
+        self.rank = rank
+        self.step = 0
+        self.micro_step = 0
+        self._in_step = False
+        self._disabled = False
+
+    @property
+    def active(self) -> bool:
+        """Whether there are draws: inside a training step and not disabled."""
+        return self._in_step and not self._disabled
+
+    def begin_step(self, step: int) -> None:
+        """Starts optimizer step `step`, at its first micro-batch."""
+        self.step, self.micro_step, self._in_step = step, 0, True
+
+    def next_micro_step(self) -> None:
+        """Goes on to the step's next micro-batch, after the backward pass of the one before."""
+        self.micro_step += 1
+
+    def end_step(self) -> None:
+        """Ends the step: until the next one begins there are no draws."""
+        self._in_step = False
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switches draws off inside, forward and backward alike; may be nested, and ends with an exception too."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    def seed_for(self, name: str, *, shared: bool = False) -> int | None:
+        """The seed of a draw here and now, None where there are none. Arguments as for `generator`."""
+        if not self.active:
+            return None
+        return derive_seed(self.seed, self.step, self.micro_step, None if shared else self.rank, name)
+
+    def generator(
+        self, name: str, *, shared: bool = False, device: torch.device | str = "cpu"
+    ) -> torch.Generator | None:
+        """A fresh generator for a draw here and now. Asking again under the same name repeats the draw.
+
+        Args:
+            name: Who draws. Modules that shall draw alike (tied ones) use one name.
+            shared: True for the same draw on every process, False for one's own.
+            device: Where the numbers are drawn.
+
+        Returns:
+            The generator, or None where there are no draws and the method is to act as if it weren't there.
+        """
+        seed = self.seed_for(name, shared=shared)
+        return None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed and step, as JSON values. Checkpoints are taken between steps: there is no micro-step to keep."""
+        return {"seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Takes the checkpoint's seed and step over.
+
+        A seed other than the one given is replaced, with a warning: the resumed run goes on as the first one would
+        have.
+
+        Raises:
+            ValueError: If seed or step is missing.
+        """
+        if not {"seed", "step"} <= set(state):
+            raise ValueError(f"The step context's state is {state!r}; it needs 'seed' and 'step' (see state_dict()).")
+        if state["seed"] != self.seed:
+            logger.warning("The checkpoint's draws have seed=%s, not %s: going on with it.", state["seed"], self.seed)
+        self.seed, self.step = state["seed"], state["step"]
+        self.micro_step, self._in_step = 0, False
+
+
+class StepContextCallback(TrainerCallback):
+    """Moves a `StepContext` along with a Trainer, and keeps its state in the checkpoints' trainer_state.json.
+
+    Args:
+        context: The context that the model's methods draw from.
+    """
+
+    def __init__(self, context: StepContext) -> None:
+        self.context = context
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes this process' rank, and on resuming the checkpoint's state."""
+        self.context.rank = args.process_index
+        self.context.end_step()
+        saved = _stored(state).get(STATE_KEY)
+        if saved is not None:
+            self.context.load_state_dict(saved)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begins a step."""
+        self.context.begin_step(state.global_step)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Goes on to the next micro-batch."""
+        self.context.next_micro_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ends the step and writes the state down for a checkpoint that may follow."""
+        self.context.end_step()
+        _stored(state)[STATE_KEY] = self.context.state_dict()
+
+
+def _stored(state: TrainerState) -> dict[str, Any]:
+    """The dict that trainer_state.json keeps for callbacks (TrainerState annotates what it is made from, a list)."""
+    stored: Any = state.stateful_callbacks
+    return stored

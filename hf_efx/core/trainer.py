@@ -1,0 +1,203 @@
+"""EfxTrainerMixin: what every Trainer of ours does beyond transformers' own.
+
+It goes over `Trainer`, `Seq2SeqTrainer` or trl's `SFTTrainer`, and changes no training step:
+
+    class MySFTTrainer(EfxTrainerMixin, SFTTrainer): ...
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import CONFIG_NAME
+
+from hf_efx.core.checkpoints import explain_incomplete, explained_write_errors, last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# The type checker sees the Trainer that the mixin is put over; at run time the mixin has no base.
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class EfxTrainerMixin(_Base):
+    """Resumes from complete checkpoints alone, restores their structure, and carries extra columns and metrics.
+
+    Attributes:
+        extra_columns: Columns that survive the removal of columns unknown to the model, such as `example_id`. They
+            reach `get_batch_samples` and are taken off before the model sees the batch.
+    """
+
+    extra_columns: ClassVar[tuple[str, ...]] = ()
+
+    _resume_from: str | None = None
+    _pending_metrics: dict[str, list[float]] | None = None
+
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Trains, as `Trainer.train` does.
+
+        Args:
+            resume_from_checkpoint: True goes on from the newest complete checkpoint in `args.output_dir`, past torn
+                ones, which are logged. A path names one checkpoint. The model is given the structure that the
+                checkpoint's `config.efx` describes.
+            *args: Further arguments of `Trainer.train`.
+            **kwargs: Further arguments of `Trainer.train`.
+
+        Raises:
+            ValueError: Before any work: no complete checkpoint, a named one that is torn, or a model with another
+                structure than the checkpoint's.
+            CheckpointWriteError: If a checkpoint can't be written (an OSError).
+            KeyboardInterrupt: Passed on, after a log line that says how to go on.
+        """
+        self._resume_from = self._resume_point(resume_from_checkpoint)
+        try:
+            if self._resume_from is not None and self.model is not None and self.model_init is None:
+                self._match_structure(self.model, self._resume_from, fresh=self.optimizer is None)
+            return super().train(self._resume_from, *args, **kwargs)
+        except KeyboardInterrupt:
+            self._log_interruption()
+            raise
+        finally:
+            self._resume_from = None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Makes the model (`model_init`), in the structure of the checkpoint that is resumed from, if any."""
+        model = super().call_model_init(trial)
+        if self._resume_from is not None:
+            self._match_structure(model, self._resume_from)
+        return model
+
+    def _resume_point(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
+        if resume is None or resume is False:
+            return None
+        output_dir = str(self.args.output_dir)
+        if resume is True:
+            checkpoint = last_complete_checkpoint(output_dir)
+            if self.args.world_size > 1:
+                # File systems may differ from node to node: all go on from the newest one that every process has.
+                step = -1 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+                step = int(self.accelerator.gather(torch.tensor([step], device=self.args.device)).min())  # pyright: ignore
+                checkpoint = None if step < 0 else os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            if checkpoint is None:  # in transformers' words
+                raise ValueError(f"No valid checkpoint found in output directory ({output_dir})")
+            return checkpoint
+        reason = explain_incomplete(resume)
+        if reason is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={os.fspath(resume)!r} is no complete checkpoint: {reason}. Name another one, "
+                f"or pass True for the newest complete one in output_dir={output_dir!r}."
+            )
+        return os.fspath(resume)
+
+    def _match_structure(self, model: nn.Module, checkpoint: str, fresh: bool = True) -> None:
+        """Gives the model the checkpoint's structure, before its weights are loaded into it.
+
+        Loading alone wouldn't stop: the Trainer only warns of keys that it misses, and trains on from random values.
+
+        Raises:
+            ValueError: If the model carries another structure, or an optimizer holds parameters that would go (not
+                `fresh`).
+        """
+        from hf_efx.core.adapter import efx_record, restore_efx_model
+
+        config_file = Path(checkpoint, CONFIG_NAME)
+        if not config_file.is_file():  # an adapter's checkpoint, or a module without a config
+            return
+        record = json.loads(config_file.read_bytes()).get("efx")
+        present = efx_record(model)
+        if _structure(record) == _structure(present):
+            return
+        if present is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} was saved with {_methods(record)}, but the model has "
+                f"{_methods(present)} in another structure. Give the Trainer a model without methods, which is then "
+                f"rebuilt to match, or load the checkpoint with from_pretrained and start a new run."
+            )
+        if not fresh:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} was saved with {_methods(record)}, and rebuilding the model "
+                f"to match would leave the Trainer's optimizer with parameters that are gone. Resume with a new "
+                f"Trainer that is given no optimizer."
+            )
+        restore_efx_model(model, record)
+        logger.info("Rebuilt the model with %s, as %s has it.", _methods(record), checkpoint)
+
+    def _log_interruption(self) -> None:
+        if not self.is_world_process_zero():
+            return
+        checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+        if checkpoint is None:
+            way_on = f"There is no complete checkpoint in output_dir={self.args.output_dir!r} yet: a run starts anew."
+        else:
+            way_on = f"The newest complete checkpoint is {checkpoint}: go on with train(resume_from_checkpoint=True)."
+        logger.warning("Interrupted at step %s of %s. %s", self.state.global_step, self.state.max_steps, way_on)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        with explained_write_errors("output_dir", str(self.args.output_dir), step):
+            if self.args.should_save:
+                # A folder of an earlier run that is written over would look whole while new and old files are mixed.
+                folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        with explained_write_errors("output_dir", folder, self.state.global_step):
+            super()._save(output_dir, state_dict)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = [*columns, *(c for c in self.extra_columns if c not in columns)]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self.extra_columns and isinstance(inputs, Mapping):
+            inputs = {name: value for name, value in inputs.items() if name not in self.extra_columns}
+        return super()._prepare_inputs(inputs)
+
+    def add_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Hands figures to the next training log, which shows each name's mean since the one before.
+
+        Only the first process' figures are logged: gather before, where processes differ. A name that the Trainer logs
+        itself keeps the Trainer's figure.
+
+        Args:
+            metrics: Figures by name, described in docs/metrics.md.
+        """
+        if self._pending_metrics is None:
+            self._pending_metrics = {}
+        for name, value in metrics.items():
+            self._pending_metrics.setdefault(name, []).append(float(value))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs figures as `Trainer.log` does, and in a training log (not an evaluation's) those of `add_metrics`."""
+        if self._pending_metrics and ("loss" in logs or "train_loss" in logs):
+            means = {name: sum(values) / len(values) for name, values in self._pending_metrics.items()}
+            # In place, as the Trainer itself adds to its logs: the dict goes on to the run's TrainOutput.
+            logs.update({name: mean for name, mean in means.items() if name not in logs})
+            self._pending_metrics = None
+        super().log(logs, start_time)
+
+
+class EfxTrainer(EfxTrainerMixin, Trainer):
+    """`transformers.Trainer` with everything of `EfxTrainerMixin`."""
+
+
+def _structure(record: dict[str, Any] | None) -> list[Any]:
+    """What of a record decides the skeleton, as JSON has it: settings may differ and lead to the same one."""
+    methods = record["methods"] if record else []
+    return json.loads(json.dumps([[entry["method"], entry["modules"]] for entry in methods]))
+
+
+def _methods(record: dict[str, Any] | None) -> str:
+    return ", ".join(entry["method"] for entry in record["methods"]) if record else "no method"

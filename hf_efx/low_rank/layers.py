@@ -1,0 +1,161 @@
+"""Factorised layers: y = (x V) Uᵀ + b, the product U Vᵀ never formed.
+
+One factor is the parameter `weight`, shaped [1, out, r]: model code that touches `weight` finds it (GPT-2's
+`_init_weights`, T5's `wo.weight.dtype`), and no dense checkpoint fits it, so that transformers without hf_efx stops with
+its size-mismatch error instead of guessing. Modules are swapped by their class, in place.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from hf_efx.core.adapter import hook_kept
+from hf_efx.core.weight_view import WeightView
+
+
+class FactorisedLayer(nn.Module):
+    """What FactorisedLinear and FactorisedConv2d share.
+
+    Attributes:
+        weight: U, [1, out, r], the rows of all blocks on top of each other.
+        factor_v: Vᵀ, [blocks * r, in]; for a convolution `in` is channels * kernel height * kernel width.
+        rank: r, of one block.
+        blocks: Number of stacked projections, each with factors of its own.
+        factor_activation: Name of a nonlinearity between the factors, or None.
+        dense_class: Name of the class that the module had before, "Linear", "Conv1D" or "Conv2d".
+    """
+
+    weight: nn.Parameter
+    factor_v: nn.Parameter
+    rank: int
+    blocks: int
+    factor_activation: str | None
+    dense_class: str
+
+    def factor_pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """U [out / blocks, r] and V [in, r] of each block, as views of the parameters."""
+        us = self.weight[0].chunk(self.blocks)
+        vs = self.factor_v.chunk(self.blocks)
+        return [(u, v.mT) for u, v in zip(us, vs, strict=True)]
+
+    def product(self) -> torch.Tensor:
+        """The dense matrix U Vᵀ, [out, in], in at least float32."""
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        with torch.no_grad():
+            return torch.cat([u.to(wide) @ v.to(wide).mT for u, v in self.factor_pairs()])
+
+    def extra_repr(self) -> str:
+        """Shape, rank and blocks, for printing the model."""
+        _, out_dim, rank = self.weight.shape
+        text = f"in={self.factor_v.shape[1]}, out={out_dim}, rank={rank}, bias={self.bias is not None}"
+        text += f", blocks={self.blocks}" if self.blocks > 1 else ""
+        return text + (f", factor_activation={self.factor_activation}" if self.factor_activation else "")
+
+
+class FactorisedLinear(FactorisedLayer, nn.Linear):
+    """Factorised Linear or Conv1D: x [..., in] -> [..., out]."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Returns (x V) Uᵀ + b, block by block."""
+        hidden = F.linear(input, self.factor_v)
+        if self.factor_activation:
+            hidden = ACT2FN[self.factor_activation](hidden)
+        # view, not indexing: the backward of an index fills a zero tensor of the whole shape first
+        u = self.weight.view(self.weight.shape[1:])
+        if self.blocks == 1:
+            return F.linear(hidden, u, self.bias)
+        biases = (None,) * self.blocks if self.bias is None else self.bias.chunk(self.blocks)
+        parts = zip(hidden.chunk(self.blocks, -1), u.chunk(self.blocks), biases, strict=True)
+        return torch.cat([F.linear(h, w, b) for h, w, b in parts], -1)
+
+
+class FactorisedConv2d(FactorisedLayer, nn.Conv2d):
+    """Factorised Conv2d: r filters of the full kernel size, then a 1x1 convolution to the output channels."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Returns the convolution by V, then by U, plus b: [B, in, H, W] -> [B, out, H', W']."""
+        filters = self.factor_v.view(-1, self.in_channels, *self.kernel_size)
+        hidden = self._conv_forward(input, filters, None)
+        if self.factor_activation:
+            hidden = ACT2FN[self.factor_activation](hidden)
+        return F.conv2d(hidden, self.weight.view(*self.weight.shape[1:], 1, 1), self.bias)
+
+
+_DENSE_CLASSES: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1D": Conv1D, "Conv2d": nn.Conv2d}
+
+
+def factorise(
+    module: nn.Module,
+    rank: int,
+    blocks: int,
+    factors: list[tuple[torch.Tensor, torch.Tensor]] | None,
+    factor_activation: str | None = None,
+) -> None:
+    """Swaps a dense module for its factorised form, in place, keeping bias, dtype, device and requires_grad.
+
+    Args:
+        module: Linear, Conv1D or Conv2d.
+        rank: r of each block.
+        blocks: Number of stacked projections.
+        factors: U [out / blocks, r] and V [in, r] of each block, or None to leave values for a checkpoint to fill.
+        factor_activation: Name of a nonlinearity between the factors (of `transformers.activations.ACT2FN`).
+    """
+    view = WeightView(module, blocks)
+    dense, dense_class = view.weight, type(module).__name__
+    out_dim, in_dim = view.out_dim, view.in_dim
+    u = torch.empty(1, out_dim, rank, dtype=dense.dtype, device=dense.device)
+    v = torch.empty(blocks * rank, in_dim, dtype=dense.dtype, device=dense.device)
+    if factors is not None and not dense.is_meta:
+        u[0].copy_(torch.cat([f[0] for f in factors]))
+        v.copy_(torch.cat([f[1].mT for f in factors]))
+    with hook_kept(module):
+        del module.weight
+        module.__class__ = FactorisedConv2d if isinstance(module, nn.Conv2d) else FactorisedLinear
+        module.weight = nn.Parameter(u, requires_grad=dense.requires_grad)
+        module.factor_v = nn.Parameter(v, requires_grad=dense.requires_grad)
+        attributes: dict[str, Any] = {
+            "rank": rank,
+            "blocks": blocks,
+            "factor_activation": factor_activation,
+            "dense_class": dense_class,
+        }
+        if dense_class == "Conv1D":  # a Linear from here on, to peft too
+            attributes |= {"in_features": in_dim, "out_features": out_dim}
+        for name, value in attributes.items():
+            setattr(module, name, value)
+
+
+def densify(module: nn.Module) -> None:
+    """The reverse of `factorise`: a dense module of the former class with weight U Vᵀ, in place.
+
+    Raises:
+        ValueError: Where a nonlinearity stands between the factors, since no single matrix does the same.
+    """
+    assert isinstance(module, FactorisedLayer)
+    if module.factor_activation:
+        raise ValueError(
+            f"factor_activation={module.factor_activation!r} stands between the factors: no dense matrix has the same "
+            f"outputs, so such a layer can't be merged. Keep the checkpoint factorised."
+        )
+    factor = module.weight
+    if factor.is_meta:
+        matrix = torch.empty(factor.shape[1], module.factor_v.shape[1], device="meta")
+    else:
+        matrix = module.product()
+    matrix = matrix.to(factor.dtype)
+    if isinstance(module, nn.Conv2d):
+        matrix = matrix.view(-1, module.in_channels, *module.kernel_size)
+    elif module.dense_class == "Conv1D":
+        matrix = matrix.mT.contiguous()
+    with hook_kept(module):
+        dense_class = _DENSE_CLASSES[module.dense_class]
+        del module.weight, module.factor_v, module.rank, module.blocks, module.factor_activation
+        if dense_class is Conv1D:
+            del module.in_features, module.out_features  # pyright: ignore[reportAttributeAccessIssue]
+        del module.dense_class
+        module.__class__ = dense_class
+        module.weight = nn.Parameter(matrix, requires_grad=factor.requires_grad)

@@ -1,0 +1,156 @@
+"""Door 3 for low-rank training: a peft tuner whose layers answer with their factors in place of the frozen base weight.
+
+The dense base weight stays in memory, since several adapters and disabling them need it; doors 1 and 2 are the ones that
+save memory.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.activations import ACT2FN
+
+from hf_efx.core.adapter import default_targets, match_targets
+from hf_efx.core.weight_view import WeightView
+from hf_efx.low_rank.initialisation import initial_factors
+
+
+class LowRankAdapterLayer(nn.Module, BaseTunerLayer):
+    """A frozen Linear, Conv1D or Conv2d and the factors of each adapter.
+
+    Attributes:
+        low_rank_u: For each adapter U, [blocks, out / blocks, r].
+        low_rank_v: For each adapter Vᵀ, [blocks, r, in].
+    """
+
+    adapter_layer_names = ("low_rank_u", "low_rank_v")
+    other_param_names = ("low_rank_activation",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.low_rank_u = nn.ParameterDict()
+        self.low_rank_v = nn.ParameterDict()
+        self.low_rank_activation: dict[str, str | None] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: torch.Tensor | None = None
+        view = WeightView(base_layer)
+        self.in_features, self.out_features = view.in_dim, view.out_dim
+
+    def add_adapter(self, adapter_name: str, config: Any, spec: dict[str, Any]) -> None:
+        """Adds an adapter with factors of the base weight, as `spec` (of `LowRankConfig.plan`) says."""
+        view = WeightView(self.get_base_layer(), spec.get("blocks", 1))
+        factors = [
+            initial_factors(m, spec["rank"], config.init, config.spectral_ones_scale) for m in view.block_matrices()
+        ]
+        dtype = view.weight.dtype
+        self.low_rank_u[adapter_name] = nn.Parameter(torch.stack([u for u, _ in factors]).to(dtype))
+        self.low_rank_v[adapter_name] = nn.Parameter(torch.stack([v.mT for _, v in factors]).to(dtype).contiguous())
+        self.low_rank_activation[adapter_name] = config.factor_activation
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _active(self) -> str | None:
+        """The active adapter here, None if there is none."""
+        names = [name for name in self.active_adapters if name in self.low_rank_u]
+        if len(names) > 1:
+            raise ValueError(
+                f"active adapters {names}: a low-rank adapter takes the weight's place, so only one can be active. Call "
+                f"set_adapter with one name."
+            )
+        return names[0] if names else None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Like the base layer's forward, with U Vᵀ of the active adapter for its weight."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        name = None if self.disable_adapters or self.merged else self._active()
+        if name is None:
+            return self.base_layer(x, *args, **kwargs)
+        u, v = self.low_rank_u[name], self.low_rank_v[name]
+        base: Any = self.get_base_layer()
+        dtype = x.dtype
+        x = self._cast_input_dtype(x, u.dtype)
+        if isinstance(base, nn.Conv2d):
+            hidden = base._conv_forward(x, v.view(-1, base.in_channels, *base.kernel_size), None)
+        else:
+            hidden = F.linear(x, v.flatten(0, 1))
+        if self.low_rank_activation[name]:
+            hidden = ACT2FN[self.low_rank_activation[name]](hidden)
+        if isinstance(base, nn.Conv2d):
+            result = F.conv2d(hidden, u[0, :, :, None, None])
+            bias = None if base.bias is None else base.bias[:, None, None]
+        else:
+            parts = zip(hidden.chunk(len(u), -1), u, strict=True)
+            result = torch.cat([F.linear(h, w) for h, w in parts], -1)
+            bias = base.bias
+        result = result if bias is None else result + bias
+        return result.to(dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the product of the factors over the base weight, of which a copy is kept for `unmerge`.
+
+        Raises:
+            ValueError: With a factor activation, or, if `safe_merge`, where the product isn't finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.low_rank_u:
+                continue
+            if self.low_rank_activation[name]:
+                raise ValueError(
+                    f"factor_activation={self.low_rank_activation[name]!r} stands between the factors: no dense matrix "
+                    f"has the same outputs, so the adapter can't be merged."
+                )
+            view = WeightView(self.get_base_layer())
+            pairs = zip(self.low_rank_u[name], self.low_rank_v[name], strict=True)
+            product = torch.cat([u.detach().float() @ v.detach().float() for u, v in pairs])
+            if safe_merge and not product.isfinite().all():
+                raise ValueError(f"NaNs or infinities in the product of adapter {name!r}: it seems to be broken.")
+            self._unmerged_weight = view.weight.detach().clone()
+            view.matrix().copy_(product)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Puts the base weight back."""
+        if self._unmerged_weight is not None:
+            WeightView(self.get_base_layer()).weight.data.copy_(self._unmerged_weight)
+            self._unmerged_weight = None
+            self.merged_adapters.clear()
+
+
+class LowRankTuner(BaseTuner):
+    """peft's tuner for `LowRankConfig`: `peft.get_peft_model(model, LowRankConfig(...))` makes one."""
+
+    prefix: str = "low_rank_"
+    tuner_layer_cls = LowRankAdapterLayer  # pyright: ignore[reportAssignmentType]
+    target_module_mapping: dict[str, Any] = {}
+    _plan: dict[str, dict[str, Any]]
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if peft_config.target_modules in (None, "all-linear"):
+            peft_config.target_modules = default_targets(model)
+        layers = {
+            name: module.get_base_layer() if isinstance(module, LowRankAdapterLayer) else module
+            for name, module in model.named_modules()
+            if ".base_layer" not in f".{name}"
+        }
+        self._plan = peft_config.plan(model, match_targets(model, peft_config, layers), pretrained=False)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config  # the defaults depend on the model itself: see _prepare_model
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
+    ) -> None:
+        spec = self._plan.get(current_key)
+        if spec is None:  # stays dense: no parameters to save
+            return
+        layer = target if isinstance(target, LowRankAdapterLayer) else LowRankAdapterLayer(target)
+        layer.add_adapter(adapter_name, peft_config, spec)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:  # a further adapter is not trained until it is made active
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)

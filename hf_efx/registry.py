@@ -1,0 +1,150 @@
+"""The methods of this package, one row each: the tables, the command line, the cards and the citations read them here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """One research method.
+
+    Attributes:
+        name: Folder and identifier, as in `hf_efx/<name>/`.
+        title: The method in plain words.
+        paper: Title of the paper.
+        authors: Authors as the paper lists them, BibTeX form.
+        year: Year of the paper.
+        arxiv: arXiv identifier.
+        task: What it is for.
+        config: Import path of the method's PEFT-style config, None where it has none.
+        program: Import path of the function behind `hf-efx <name>`, None while the method is planned.
+    """
+
+    name: str
+    title: str
+    paper: str
+    authors: str
+    year: int
+    arxiv: str
+    task: str
+    config: str | None = None
+    program: str | None = None
+
+    @property
+    def status(self) -> str:
+        """`"available"` or `"planned"`."""
+        return "available" if self.program else "planned"
+
+    @property
+    def command(self) -> str:
+        """The method's name on the command line."""
+        return self.name.replace("_", "-")
+
+    @property
+    def citation(self) -> str:
+        """BibTeX entry of the paper."""
+        key = f"{self.authors.split(',')[0].split()[-1].lower()}{self.year}{self.name.replace('_', '')}"
+        return (
+            f"@article{{{key},\n  title = {{{self.paper}}},\n  author = {{{self.authors}}},\n"
+            f"  journal = {{arXiv preprint arXiv:{self.arxiv}}},\n  year = {{{self.year}}}\n}}"
+        )
+
+
+_ROWS = (
+    Method(
+        name="low_rank",
+        title="Low-rank (factorised) training",
+        paper="Exploring Low Rank Training of Deep Neural Networks",
+        authors="Kamalakara, Siddhartha Rao and Locatelli, Acyr and Venkitesh, Bharat and Ba, Jimmy and Gal, Yarin and "
+        "Gomez, Aidan N.",
+        year=2022,
+        arxiv="2209.13569",
+        task="train fewer parameters from scratch",
+        config="hf_efx.low_rank.config.LowRankConfig",
+        program="hf_efx.low_rank.train_gpt2.main",
+    ),
+    Method(
+        name="rho_loss",
+        title="RHO-LOSS data selection",
+        paper="Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt",
+        authors="Mindermann, S\\\"oren and others",
+        year=2022,
+        arxiv="2206.07137",
+        task="choose the examples to train on",
+    ),
+    Method(
+        name="goldiprox",
+        title="GoldiProx shareable training sequences",
+        paper="Prioritized training on points that are learnable, worth learning, and not yet learnt",
+        authors="Mindermann, S\\\"oren and others",
+        year=2021,
+        arxiv="2107.02565",
+        task="choose a training sequence with a small proxy",
+    ),
+    Method(
+        name="npt",
+        title="Non-Parametric Transformers",
+        paper="Self-Attention Between Datapoints: Going Beyond Individual Input-Output Pairs in Deep Learning",
+        authors="Kossen, Jannik and Band, Neil and Lyle, Clare and Gomez, Aidan N. and Rainforth, Tom and Gal, Yarin",
+        year=2021,
+        arxiv="2106.02584",
+        task="tabular prediction that reads other rows",
+    ),
+    Method(
+        name="prunability",
+        title="Prunability",
+        paper="Robustness to Pruning Predicts Generalization in Deep Neural Networks",
+        authors="Kuhn, Lorenz and Lyle, Clare and Gomez, Aidan N. and Rothfuss, Jonas and Gal, Yarin",
+        year=2021,
+        arxiv="2103.06002",
+        task="predict generalization without a validation set",
+    ),
+    Method(
+        name="interlocking",
+        title="Interlocking backpropagation",
+        paper="Interlocking Backpropagation: Improving depthwise model-parallelism",
+        authors="Gomez, Aidan N. and Key, Oscar and Perlin, Kuba and Gou, Stephen and Frosst, Nick and Dean, Jeff and "
+        "Gal, Yarin",
+        year=2022,
+        arxiv="2010.04116",
+        task="train pipeline stages with local losses",
+    ),
+    Method(
+        name="slice_out",
+        title="SliceOut",
+        paper="SliceOut: Training Transformers and CNNs faster while using less memory",
+        authors="Notin, Pascal and Gomez, Aidan N. and Yoo, Joanna and Gal, Yarin",
+        year=2020,
+        arxiv="2007.10909",
+        task="dropout that makes the matrices smaller",
+    ),
+    Method(
+        name="mc_dropout",
+        title="MC-dropout translation uncertainty (BLEUVar)",
+        paper="Wat zei je? Detecting Out-of-Distribution Translations with Variational Transformers",
+        authors="Xiao, Tim Z. and Gomez, Aidan N. and Gal, Yarin",
+        year=2020,
+        arxiv="2006.08344",
+        task="know when a translation is unsure",
+    ),
+    Method(
+        name="bdl_benchmark",
+        title="Bayesian deep learning benchmark on diabetic retinopathy",
+        paper="A Systematic Comparison of Bayesian Deep Learning Robustness in Diabetic Retinopathy Tasks",
+        authors="Filos, Angelos and others",
+        year=2019,
+        arxiv="1912.10481",
+        task="compare estimators by their uncertainty",
+    ),
+    Method(
+        name="targeted_dropout",
+        title="Targeted dropout",
+        paper="Learning Sparse Networks Using Targeted Dropout",
+        authors="Gomez, Aidan N. and Zhang, Ivan and Kamalakara, Siddhartha Rao and Madaan, Divyam and "
+        "Swersky, Kevin and Gal, Yarin and Hinton, Geoffrey E.",
+        year=2019,
+        arxiv="1905.13678",
+        task="train networks that stand pruning",
+    ),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
