@@ -3,6 +3,7 @@
 A module is swapped in place, by its `__class__`, not wrapped: references to it, hooks and device placement stay.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 
 from hf_efx.core.efx_config import FORMAT_VERSION, QUANT_METHOD, EfxConfig, check_record, entry_config
 from hf_efx.core.weight_view import DENSE_TYPES
@@ -33,7 +35,8 @@ def get_efx_model(
 
     Args:
         model: Any `torch.nn.Module`. It is changed in place.
-        configs: Method configs, applied in order. None puts back what `model.config.efx` names.
+        configs: Method configs, applied in order. None puts back what `model.config.efx` names and the model lacks;
+            what is there already stays as it is.
         pretrained: True says that the weights are trained, so that configs which would discard them are refused.
 
     Returns:
@@ -47,7 +50,7 @@ def get_efx_model(
         record = efx_record(model)
         if record is None:
             raise ValueError("get_efx_model(model) without configs restores what config.efx names, but there is none.")
-        restore_efx_model(model, record)
+        restore_efx_model(model, record, initialise=True)
         return model
     methods = (configs if isinstance(configs, EfxConfig) else EfxConfig(configs)).methods
     _refuse_foreign(model)
@@ -61,6 +64,8 @@ def get_efx_model(
                     f"the list. Part them with target_modules or exclude_modules."
                 )
         plan = config.plan(model, targets, pretrained)
+        for name in plan:
+            _refuse_offloaded(name, model.get_submodule(name))
         if config.changes_skeleton:
             taken.update(dict.fromkeys(plan, config.method))
         entries.append((config, plan))
@@ -72,21 +77,23 @@ def get_efx_model(
     return model
 
 
-def restore_efx_model(model: nn.Module, record: dict[str, Any]) -> None:
-    """Rebuilds the structure that a record (`config.efx`) describes on a dense model, in place.
-
-    Values of rebuilt parameters are left for a checkpoint to fill.
+def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool = False) -> None:
+    """Rebuilds the structure that a record (`config.efx`) describes on a model, in place.
 
     Args:
-        model: The dense model, on any device, meta included.
+        model: The dense model, on any device, meta included. Modules that are rebuilt already stay as they are.
         record: As returned by `efx_record`.
+        initialise: Start the rebuilt parameters from the weights that are there, as the configs say. False leaves their
+            values for a checkpoint to fill.
 
     Raises:
         ValueError: If the record is malformed, newer than this version, or names modules that the model lacks.
     """
     entries = [(entry_config(e), plan_for(model, e["modules"]), e) for e in check_record(record)["methods"]]
     for config, plan, _ in entries:
-        config.restore(model, plan)
+        if config.changes_skeleton:
+            plan = {name: spec for name, spec in plan.items() if not hasattr(model.get_submodule(name), "dense_class")}
+        (config.apply if initialise else config.restore)(model, plan)
     _write_record(model, [{**entry, "modules": plan} for _, plan, entry in entries])
 
 
@@ -117,12 +124,18 @@ def merge_and_unload(model: ModelT) -> ModelT:
     """Takes all methods off: a plain dense model with the same outputs and state-dict keys.
 
     Raises:
-        ValueError: If a peft adapter is still on the model, or a method can't be merged (the reason is named).
+        ValueError: If a peft adapter is still on the model, or a method can't be merged (the reason is named). The model
+            is unchanged then.
     """
     _refuse_foreign(model)
     record = efx_record(model)
-    for entry in reversed(record["methods"] if record else []):
-        entry_config(entry).merge(model, entry["modules"])
+    entries = [(entry_config(entry), entry["modules"]) for entry in reversed(record["methods"] if record else [])]
+    for config, plan in entries:
+        config.check_merge()
+        for name in plan:
+            _refuse_offloaded(name, model.get_submodule(name))
+    for config, plan in entries:
+        config.merge(model, plan)
     _write_record(model, [])
     return model
 
@@ -142,12 +155,24 @@ def unload(model: ModelT) -> ModelT:
 
 
 def efx_record(model: nn.Module) -> dict[str, Any] | None:
-    """What stands in `model.config.efx` (for a plain module without a config: in `model.efx`), None if nothing."""
-    return getattr(getattr(model, "config", model), "efx", None)
+    """What stands in `model.config.efx` (for a module without a transformers config: in `model.efx`), None if nothing."""
+    return getattr(_record_holder(model), "efx", None)
+
+
+def _record_holder(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config if isinstance(config, PreTrainedConfig) else model
 
 
 def _write_record(model: nn.Module, methods: list[dict[str, Any]]) -> None:
-    holder: Any = getattr(model, "config", model)
+    holder: Any = _record_holder(model)
+    if holder is not model:
+        # A model keeps the config object that it was built from. Its dense twin, built from the same object, must not
+        # be recorded as factorised.
+        shared, holder = holder, copy.deepcopy(holder)
+        for module in model.modules():
+            if getattr(module, "config", None) is shared:
+                module.config = holder
     if methods:
         holder.efx = {"format_version": FORMAT_VERSION, "methods": methods}
     elif hasattr(holder, "efx"):
@@ -230,10 +255,19 @@ def match_targets(
     from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 
     by_default = config.target_modules in (None, "all-linear")
-    resolved = type(config)(**{**config.method_fields(), "target_modules": default_targets(model)}) if by_default else config
+    defaults: set[str] = set()
+    resolved = config
+    if by_default:  # peft's wrapper holds a default target of an earlier adapter one level further down
+        defaults = {name.removesuffix(".base_layer") for name in default_targets(model)}
+        # As suffixes: peft takes a module whose whole name is listed without looking at layers_to_transform.
+        suffixes = sorted({name.rpartition(".")[2] for name in defaults})
+        resolved = type(config)(**{**config.method_fields(), "target_modules": suffixes})
+        if config.layers_to_transform is not None:
+            defaults = {name for name in defaults if "." in name}
     found = {}
     for name, module in (layers or dict(model.named_modules())).items():
-        hit = check_target_module_exists(resolved, name) if name else False
+        chosen = name in defaults if by_default else bool(name)
+        hit = check_target_module_exists(resolved, name) if chosen else False
         if hit and not isinstance(hit, _ExcludedModule):
             reason = unsuitable(model, name, module)
             # A pattern such as "mlp" also matches containers; only a layer that was meant deserves an error.
@@ -269,22 +303,24 @@ def _refuse_foreign(model: nn.Module) -> None:
         )
 
 
+def _refuse_offloaded(name: str, module: nn.Module) -> None:
+    """Raises where accelerate's hook keeps the module's weights elsewhere: nothing is there to be read or changed."""
+    hook: ModelHook | None = getattr(module, "_hf_hook", None)
+    inner = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    if any(isinstance(h, AlignDevicesHook) and h.offload for h in inner):
+        raise ValueError(
+            f"The device map offloads the weights of module {name!r} to CPU or disk: call this before dispatching the "
+            f"model, or with a device_map that holds it whole."
+        )
+
+
 @contextmanager
 def hook_kept(module: nn.Module) -> Iterator[None]:
     """Lifts accelerate's hook (a device map's) off a module while its class is swapped, and puts it back.
 
     Such a hook holds the bound forward of the old class.
-
-    Raises:
-        ValueError: If the hook keeps the weights elsewhere (CPU or disk offload).
     """
     hook: ModelHook | None = getattr(module, "_hf_hook", None)
-    inner = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    if any(isinstance(h, AlignDevicesHook) and h.offload for h in inner):
-        raise ValueError(
-            "The device map offloads this module's weights to CPU or disk: apply the config before dispatching the "
-            "model, or with a device_map that holds it whole."
-        )
     if hook is not None:
         remove_hook_from_module(module)
     try:

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 _WEIGHT_PATTERNS = ("*.safetensors", "*/*.safetensors", "pytorch_model*", "global_step*")
 # What the Trainer writes with torch.save, whose format is a zip: a cut file has lost the directory at its end.
 _ZIP_PATTERNS = ("*.pt", "*.pth", "training_args.bin", "optimizer*.bin", "pytorch_model*.bin")
+# torch.save has no exception class of its own for a failing disk: its zip writer names its source file, or C++ streams
+# give this message (both seen with torch 2.13, on a full disk and past a file-size limit).
+_TORCH_WRITE_ERRORS = ("inline_container.cc", "iostream error")
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
@@ -159,15 +162,14 @@ def explained_write_errors(field: str, folder: str | os.PathLike[str], step: int
     """
     try:
         yield
-    except CheckpointWriteError:
-        raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's zip writer, inline_container.cc, has no exception class of its own.
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _TORCH_WRITE_ERRORS):
             raise
+        # Around a whole checkpoint and around its weights: the outer one knows the option.
+        cause = error.__cause__ if isinstance(error, CheckpointWriteError) else error
         raise CheckpointWriteError(
-            f"Saving at step {step} under {field}={os.fspath(folder)!r} failed: {error}. The model in memory and "
+            f"Saving at step {step} under {field}={os.fspath(folder)!r} failed: {cause}. The model in memory and "
             f"earlier checkpoints are unharmed. Free space there (a save_total_limit keeps fewer checkpoints) or move "
             f"{field} to another disk, then go on from the newest complete checkpoint with "
             f"train(resume_from_checkpoint=True)."
-        ) from error
+        ) from cause

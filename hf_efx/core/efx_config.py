@@ -85,7 +85,7 @@ def check_record(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("methods"), list):
         raise ValueError(f"config.efx is {record!r}; expected {{'format_version': ..., 'methods': [...]}}.")
     version = record.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"config.efx has format_version={version!r}; expected a whole number from 1 to {FORMAT_VERSION}.")
     if version > FORMAT_VERSION:
         raise ValueError(
@@ -93,9 +93,14 @@ def check_record(record: Any) -> dict[str, Any]:
             f"checkpoint. Upgrade with `pip install -U hf_efx`."
         )
     for entry in record["methods"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("modules"), dict) or "method" not in entry:
+            raise ValueError(f"config.efx has the entry {entry!r}; expected {{'method': ..., 'modules': {{...}}}}.")
         unknown = sorted(set(entry) - {"method", "config", "modules"})
-        if unknown or "method" not in entry:
-            raise ValueError(f"config.efx has an entry with the unknown key {unknown[:1]} or without 'method': {entry}.")
+        if unknown:
+            raise ValueError(
+                f"config.efx has the unknown key {unknown[0]!r} in its {entry['method']!r} entry. Known keys: method, "
+                f"config, modules. If a newer hf_efx wrote the checkpoint, upgrade hf_efx."
+            )
     return record
 
 

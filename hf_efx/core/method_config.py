@@ -82,6 +82,9 @@ class EfxMethodConfig(PeftConfig):
     def check_pretrained(self) -> None:
         """Raises ValueError where the config would discard trained weights; called before they are loaded."""
 
+    def check_merge(self) -> None:
+        """Raises ValueError where the method can't be merged; called before any module is touched."""
+
     def plan(self, model: nn.Module, targets: dict[str, nn.Module], pretrained: bool) -> dict[str, dict[str, Any]]:
         """Decides what happens to each target, and refuses what can't be done, without touching the model.
 

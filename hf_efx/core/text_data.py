@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +79,21 @@ def load_text(
         parts = _load_from_hub(source, cache_dir)
     first = next(iter(parts.values()))
     if len(parts) == 1 and "split" in first.column_names:
-        values = np.array([str(value).lower() for value in first["split"]])
+        values = np.array([str(value).lower() for value in first["split"]], object)
         parts = {name: first.select(np.flatnonzero(values == name)) for name in np.unique(values)}
         parts = {name: part.remove_columns("split") for name, part in parts.items()}
-    parts = {_SPLIT_NAMES.get(str(name), str(name)): part for name, part in parts.items()}
+    parts = {_SPLIT_NAMES.get(name, str(name)): part for name, part in parts.items()}
     if "train" not in parts:
         raise ValueError(f"source={source!r} has no 'train' split, only {sorted(parts)}")
     return _complete({name: _only_text(part, text_column, source) for name, part in parts.items()}, source)
+
+
+def source_name(source: str | os.PathLike[str] | None) -> str:
+    """What results and cards call a source: no folder of this machine is in it."""
+    if source is None:
+        return f"standard library text of Python {platform.python_version()}"
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else os.fspath(source)
 
 
 def _suffix(path: Path) -> str:
@@ -162,7 +171,7 @@ def _complete(parts: dict[str, Dataset], source: str) -> DatasetDict:
         return _in_order(parts)
     train = parts["train"]
     places = np.fromiter((hash_place(text) for text in _texts(train)), float, len(train))
-    splits = np.array([split_of(place) for place in places])
+    splits = np.array([split_of(place) for place in places], object)
     if not (splits == "validation").any():
         splits[places == places.min()] = "validation"  # little text: one document must do
     if "test" in parts or not (splits == "train").any():

@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from huggingface_hub import EvalResult
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import CONFIG_NAME
 
+from hf_efx.core.adapter import efx_record, restore_efx_model
+from hf_efx.core.arguments import EfxArgumentsMixin
+from hf_efx.core.card import write_model_card
 from hf_efx.core.checkpoints import explain_incomplete, explained_write_errors, last_complete_checkpoint
+from hf_efx.core.efx_config import config_class
+from hf_efx.registry import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +39,8 @@ class EfxTrainerMixin(_Base):
 
     Attributes:
         extra_columns: Columns that survive the removal of columns unknown to the model, such as `example_id`. They
-            reach `get_batch_samples` and are taken off before the model sees the batch.
+            reach `get_batch_samples` (if the data collator hands them on) and are taken off before the model sees the
+            batch.
     """
 
     extra_columns: ClassVar[tuple[str, ...]] = ()
@@ -107,8 +115,6 @@ class EfxTrainerMixin(_Base):
             ValueError: If the model carries another structure, or an optimizer holds parameters that would go (not
                 `fresh`).
         """
-        from hf_efx.core.adapter import efx_record, restore_efx_model
-
         config_file = Path(checkpoint, CONFIG_NAME)
         if not config_file.is_file():  # an adapter's checkpoint, or a module without a config
             return
@@ -119,8 +125,8 @@ class EfxTrainerMixin(_Base):
         if present is not None:
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r} was saved with {_methods(record)}, but the model has "
-                f"{_methods(present)} in another structure. Give the Trainer a model without methods, which is then "
-                f"rebuilt to match, or load the checkpoint with from_pretrained and start a new run."
+                f"{_methods(present)} in another structure or with other settings. Give the Trainer a model without "
+                f"methods, which is then rebuilt to match, or start a new run from the loaded checkpoint."
             )
         if not fresh:
             raise ValueError(
@@ -168,8 +174,8 @@ class EfxTrainerMixin(_Base):
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
         """Hands figures to the next training log, which shows each name's mean since the one before.
 
-        Only the first process' figures are logged: gather before, where processes differ. A name that the Trainer logs
-        itself keeps the Trainer's figure.
+        Only the first process' figures are logged: gather before, where processes differ. Where a log has a figure of
+        the Trainer's own under the name, that one stays.
 
         Args:
             metrics: Figures by name, described in docs/metrics.md.
@@ -183,10 +189,50 @@ class EfxTrainerMixin(_Base):
         """Logs figures as `Trainer.log` does, and in a training log (not an evaluation's) those of `add_metrics`."""
         if self._pending_metrics and ("loss" in logs or "train_loss" in logs):
             means = {name: sum(values) / len(values) for name, values in self._pending_metrics.items()}
-            # In place, as the Trainer itself adds to its logs: the dict goes on to the run's TrainOutput.
+            # In place, as the Trainer adds to its logs itself: the summary's dict goes on to the TrainOutput.
             logs.update({name: mean for name, mean in means.items() if name not in logs})
             self._pending_metrics = None
         super().log(logs, start_time)
+
+    def create_model_card(
+        self, *, model_name: str | None = None, tags: str | list[str] | None = None, **details: Any
+    ) -> None:
+        """Writes our model card into `args.output_dir`, unless `args.model_card` is False; a peft model gets peft's.
+
+        Args:
+            model_name: The model's name; None for the folder's.
+            tags: Tags beside ours.
+            **details: What else the Trainer's own method takes: license, language, dataset, dataset_tags, ...
+        """
+        wanted = not isinstance(self.args, EfxArgumentsMixin) or self.args.model_card
+        if not wanted or not self.is_world_process_zero():
+            return
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PreTrainedModel):
+            return super().create_model_card(model_name=model_name, tags=tags, **details)
+        details.setdefault("dataset", details.pop("dataset_name", None))  # trl's name for it
+        summary = TrainingSummary.from_trainer(self, model_name=model_name, tags=tags, **details)
+        methods = (efx_record(model) or {"methods": []})["methods"]
+        datasets = [tag for tag in _as_list(summary.dataset_tags) if tag]
+        task = next(iter(_as_list(summary.tasks)), None)
+        write_model_card(
+            str(self.args.output_dir),
+            model_name=summary.model_name,
+            methods=[entry["method"] for entry in methods],
+            results=_last_evaluation(self.state.log_history, task, datasets, _as_list(summary.dataset)),
+            auto_class=type(model).__name__,
+            repo_id=self.hub_model_id,
+            needs_hf_efx=any(config_class(entry["method"]).changes_skeleton for entry in methods),
+            configuration={entry["method"]: entry["config"] for entry in methods},
+            training=summary.hyperparameters,
+            citations=[METHODS[entry["method"]].citation for entry in methods],
+            tags=_as_list(summary.tags),
+            license=summary.license,
+            language=summary.language,
+            base_model=summary.finetuned_from or None,
+            datasets=datasets or None,
+            pipeline_tag=task,
+        )
 
 
 class EfxTrainer(EfxTrainerMixin, Trainer):
@@ -194,9 +240,31 @@ class EfxTrainer(EfxTrainerMixin, Trainer):
 
 
 def _structure(record: dict[str, Any] | None) -> list[Any]:
-    """What of a record decides the skeleton, as JSON has it: settings may differ and lead to the same one."""
-    methods = record["methods"] if record else []
-    return json.loads(json.dumps([[entry["method"], entry["modules"]] for entry in methods]))
+    """What of a record must be the same, as JSON has it: settings too, since they decide the forward."""
+    return json.loads(json.dumps(record["methods"] if record else []))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _last_evaluation(
+    log_history: list[dict[str, float]], task: str | None, dataset_tags: list[str], dataset_names: list[str]
+) -> list[EvalResult]:
+    """The newest evaluation's figures, without timings, as a card takes them."""
+    logs = next((logs for logs in reversed(log_history) if "eval_loss" in logs), {})
+    timings = ("_runtime", "_per_second", "_time")
+    return [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=(dataset_tags or ["unknown"])[0],
+            dataset_name=next((name for name in dataset_names if name), "evaluation data"),
+            metric_type=name.removeprefix("eval_"),
+            metric_value=value,
+        )
+        for name, value in logs.items()
+        if name.startswith("eval_") and not name.endswith(timings)
+    ]
 
 
 def _methods(record: dict[str, Any] | None) -> str:

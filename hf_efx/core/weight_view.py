@@ -61,10 +61,15 @@ class WeightView:
         return self.out_dim // self.blocks
 
     def matrix(self) -> torch.Tensor:
-        """The weight as [out_dim, in_dim], detached; a view, so writing to it writes the module's weight."""
+        """The weight as [out_dim, in_dim], detached, to be read: a view, except for a channels-last convolution."""
         weight = self.weight.detach()
         return weight.t() if self.transposed else weight.reshape(self.out_dim, -1)
 
     def block_matrices(self) -> list[torch.Tensor]:
-        """The blocks, each [block_dim, in_dim], as views."""
+        """The blocks, each [block_dim, in_dim], to be read."""
         return list(self.matrix().split(self.block_dim))
+
+    @torch.no_grad()
+    def write(self, matrix: torch.Tensor) -> None:
+        """Writes a matrix [out_dim, in_dim] into the module's weight, in its layout, dtype and memory format."""
+        self.weight.copy_(matrix.t() if self.transposed else matrix.view(self.weight.shape))

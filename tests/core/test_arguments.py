@@ -90,7 +90,7 @@ def test_all_options_of_the_arguments_are_described():
 
 @pytest.mark.parametrize(
     "value, expected",
-    [("4", 4), ("0.25", 0.25), ("1e-3", 0.001), ("4.0", 4.0), (7, 7), (0.5, 0.5), (1.0, 1.0), ("-2", -2), ("auto", "auto")],
+    [("4", 4), ("0.25", 0.25), ("1e-3", 0.001), ("4.0", 4.0), ("-2", -2), ("auto", "auto"), (7, 7), (0.5, 0.5)],
 )
 def test_parse_number(value, expected):
     number = parse_number(value, "rank", words=("auto",))

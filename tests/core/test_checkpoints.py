@@ -131,7 +131,7 @@ def test_shards(run):
     assert len(shards) > 1 and is_complete_checkpoint(folder)
     content = shards[-1].read_bytes()
     shards[-1].unlink()
-    assert explain_incomplete(folder) == f"the shard {shards[-1].name}, which model.safetensors.index.json names, is missing"
+    assert f"the shard {shards[-1].name}, which model.safetensors.index.json" in (explain_incomplete(folder) or "")
     shards[-1].write_bytes(content[:-4])
     assert f"{shards[-1].name} has" in (explain_incomplete(folder) or "")
     (folder / "model.safetensors.index.json").write_text("{}")
@@ -173,7 +173,7 @@ def test_peft_adapters(tmp_path):
     (folder / "adapter_model.safetensors").rename(folder / "second/adapter_model.safetensors")
     assert is_complete_checkpoint(folder)
     cut(folder / "second/adapter_model.safetensors", 0.5)
-    assert (explain_incomplete(folder) or "").startswith("second/adapter_model.safetensors has")
+    assert (explain_incomplete(folder) or "").startswith("second/adapter_model.safetensors is cut within its header")
     assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
 
 
@@ -197,12 +197,14 @@ def test_none(tmp_path):
         OSError(errno.ENOSPC, "No space left on device"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
 )
 def test_write_errors_are_explained(error):
-    with pytest.raises(OSError, match="step 12 under output_dir='runs/a' failed.*resume_from_checkpoint=True") as caught:
+    message = "step 12 under output_dir='runs/a' failed.*resume_from_checkpoint=True"
+    with pytest.raises(OSError, match=message) as caught:
         with explained_write_errors("output_dir", "runs/a", 12):
-            with explained_write_errors("output_dir", "runs/a", 12):
+            with explained_write_errors("output_dir", "runs/a/checkpoint-12", 12):
                 raise error
     assert isinstance(caught.value, CheckpointWriteError) and caught.value.__cause__ is error
 

@@ -19,7 +19,7 @@ def test_causal_by_hand():
     logits = QUARTER.expand(3, 4, 2)
     labels = torch.tensor([[0, 1, 1, 0], [1, -100, 0, -100], [1, -100, -100, -100]])
     loss, count = per_example_loss(logits, labels, "causal")
-    # Example 0 predicts 1, 1, 0; example 1 only the 0; in example 2 the one label is the first, which nothing predicts.
+    # Example 0 predicts 1, 1, 0; example 1 only the 0; example 2's one label is the first, which nothing predicts.
     torch.testing.assert_close(loss, torch.tensor([(2 * LN4_3 + LN4) / 3, LN4, 0.0], dtype=torch.float64))
     assert count.tolist() == [3, 1, 0]
     tokens, mask = per_example_loss(logits, labels, "causal", granularity="token")
