@@ -183,8 +183,12 @@ def _write_record(model: nn.Module, methods: list[dict[str, Any]]) -> None:
     # that carries an `hf_quantizer` for a quantised one, and `save_pretrained` writes it as it stands.
     if any(entry_config(entry).changes_skeleton for entry in methods):
         holder.quantization_config = {"quant_method": QUANT_METHOD}
+        # Files name tensors as modules do. transformers would save a ViT or DINOv2 under an older layout's names, with
+        # weights joined that are factors here.
+        model._weight_conversions = []  # pyright: ignore[reportArgumentType]
     elif getattr(holder, "quantization_config", None) is not None:
         del holder.quantization_config
+        del model._weight_conversions
 
 
 def default_targets(model: nn.Module) -> list[str]:
@@ -279,11 +283,11 @@ def match_targets(
             if not reason:
                 found[name] = module
     if not found:
-        layers = [name for name, m in model.named_modules() if type(m) in DENSE_TYPES]
+        there = [name for name, m in model.named_modules() if type(m) in DENSE_TYPES]
         raise ValueError(
             f"{type(config).__name__}: target_modules={config.target_modules!r} (exclude_modules="
             f"{config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r}) matches no module of "
-            f"{type(model).__name__}. It has, among others: {', '.join(layers[:8]) or 'no Linear, Conv1D or Conv2d'}."
+            f"{type(model).__name__}. It has, among others: {', '.join(there[:8]) or 'no Linear, Conv1D or Conv2d'}."
         )
     return found
 
@@ -312,6 +316,11 @@ def _refuse_offloaded(name: str, module: nn.Module) -> None:
             f"The device map offloads the weights of module {name!r} to CPU or disk: call this before dispatching the "
             f"model, or with a device_map that holds it whole."
         )
+
+
+def swap_class(module: Any, new_class: type[nn.Module]) -> None:
+    """Makes a module an instance of another class, in place."""
+    module.__class__ = new_class
 
 
 @contextmanager

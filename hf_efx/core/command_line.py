@@ -1,6 +1,6 @@
-"""Options of a program: dataclasses and a method's config, read from a YAML file and from the command line on top of it.
+"""Options of a program: dataclasses and a method's config, from a YAML file and from the command line on top of it.
 
-A YAML file is turned into the arguments that it stands for, so that each value is read in one way wherever it is given.
+A YAML file is turned into the arguments that it stands for, so that a value is read in one way wherever it is given.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from hf_efx.core.arguments import parse_number
 
 
 class OptionParser(HfArgumentParser):
-    """HfArgumentParser with `--config run.yaml`, a method's config beside the dataclasses, and errors with near matches.
+    """HfArgumentParser with `--config run.yaml`, a method's config beside the dataclasses, and short errors.
 
     Args:
         options: Dataclasses; each of their fields is an option.
@@ -69,7 +69,8 @@ class OptionParser(HfArgumentParser):
             if unknown:
                 raise ValueError(f"unknown option {unknown[0]}{self._near(unknown[0])}.")
             values = vars(found)
-            read: list[Any] = [t(**{f.name: values[f.name] for f in dataclasses.fields(t) if f.init}) for t in self.options]
+            fields = [[f.name for f in dataclasses.fields(kind) if f.init] for kind in self.options]
+            read = [kind(**{n: values[n] for n in names}) for kind, names in zip(self.options, fields, strict=True)]
             if self.config:
                 read.append(self.config(**self._config_values(values)))
             return tuple(read)

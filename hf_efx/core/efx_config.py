@@ -44,7 +44,7 @@ class EfxConfig(QuantizationConfigMixin):
         unused.pop("quant_method", None)
         if unused:
             raise ValueError(f"EfxConfig: unknown key {next(iter(unused))!r}; it takes a list of method configs.")
-        self.methods = [methods] if hasattr(methods, "method_fields") else list(methods)  # pyright: ignore
+        self.methods: list[Any] = [methods] if hasattr(methods, "method_fields") else list(methods)  # pyright: ignore
         for config in self.methods:
             if not hasattr(config, "method_fields"):
                 raise ValueError(

@@ -24,6 +24,7 @@ class EfxQuantizer(HfQuantizer):
     """Rewrites the skeleton before weights load, then removes every trace of a quantizer."""
 
     requires_calibration = False
+    quantization_config: EfxConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses, before any file is read, configs that would discard the weights about to be loaded."""
@@ -56,6 +57,7 @@ class EfxQuantizer(HfQuantizer):
                 del module.config._is_quantized
         if self.pre_quantized:
             model.config.quantization_config = self.quantization_config.to_dict()
+            model._weight_conversions = []  # see _write_record in adapter.py
         else:
             del model.config.quantization_config
             get_efx_model(model, methods, pretrained=True)

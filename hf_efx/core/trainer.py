@@ -194,44 +194,38 @@ class EfxTrainerMixin(_Base):
             self._pending_metrics = None
         super().log(logs, start_time)
 
-    def create_model_card(
-        self, *, model_name: str | None = None, tags: str | list[str] | None = None, **details: Any
-    ) -> None:
+    def create_model_card(self, model_name: str | None = None, **details: Any) -> None:  # pyright: ignore
         """Writes our model card into `args.output_dir`, unless `args.model_card` is False; a peft model gets peft's.
 
         Args:
             model_name: The model's name; None for the folder's.
-            tags: Tags beside ours.
-            **details: What else the Trainer's own method takes: license, language, dataset, dataset_tags, ...
+            **details: What else the Trainer's own method takes: tags, license, language, dataset, dataset_tags, ...
         """
         wanted = not isinstance(self.args, EfxArgumentsMixin) or self.args.model_card
         if not wanted or not self.is_world_process_zero():
             return
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PreTrainedModel):
-            return super().create_model_card(model_name=model_name, tags=tags, **details)
+            return super().create_model_card(model_name=model_name, **details)
         details.setdefault("dataset", details.pop("dataset_name", None))  # trl's name for it
-        summary = TrainingSummary.from_trainer(self, model_name=model_name, tags=tags, **details)
+        details["dataset"] = details.pop("dataset_name", details.get("dataset"))  # trl's name for it
+        summary = TrainingSummary.from_trainer(self, model_name=model_name, **details)
+        metadata = summary.create_metadata()
+        given = {key: metadata[key] for key in ("license", "language", "base_model", "datasets") if key in metadata}
         methods = (efx_record(model) or {"methods": []})["methods"]
-        datasets = [tag for tag in _as_list(summary.dataset_tags) if tag]
-        task = next(iter(_as_list(summary.tasks)), None)
         write_model_card(
             str(self.args.output_dir),
             model_name=summary.model_name,
             methods=[entry["method"] for entry in methods],
-            results=_last_evaluation(self.state.log_history, task, datasets, _as_list(summary.dataset)),
+            results=_last_evaluation(self.state.log_history, summary.tasks, metadata.get("datasets")),
             auto_class=type(model).__name__,
             repo_id=self.hub_model_id,
             needs_hf_efx=any(config_class(entry["method"]).changes_skeleton for entry in methods),
             configuration={entry["method"]: entry["config"] for entry in methods},
             training=summary.hyperparameters,
             citations=[METHODS[entry["method"]].citation for entry in methods],
-            tags=_as_list(summary.tags),
-            license=summary.license,
-            language=summary.language,
-            base_model=summary.finetuned_from or None,
-            datasets=datasets or None,
-            pipeline_tag=task,
+            tags=metadata["tags"],
+            **given,
         )
 
 
@@ -244,26 +238,15 @@ def _structure(record: dict[str, Any] | None) -> list[Any]:
     return json.loads(json.dumps(record["methods"] if record else []))
 
 
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _last_evaluation(
-    log_history: list[dict[str, float]], task: str | None, dataset_tags: list[str], dataset_names: list[str]
-) -> list[EvalResult]:
+def _last_evaluation(log_history: list[dict[str, float]], tasks: Any, datasets: list[str] | None) -> list[EvalResult]:
     """The newest evaluation's figures, without timings, as a card takes them."""
     logs = next((logs for logs in reversed(log_history) if "eval_loss" in logs), {})
-    timings = ("_runtime", "_per_second", "_time")
+    task = tasks[0] if isinstance(tasks, list) else tasks or "other"
+    data = datasets[0] if datasets else "unknown"
     return [
-        EvalResult(
-            task_type=task or "other",
-            dataset_type=(dataset_tags or ["unknown"])[0],
-            dataset_name=next((name for name in dataset_names if name), "evaluation data"),
-            metric_type=name.removeprefix("eval_"),
-            metric_value=value,
-        )
+        EvalResult(task, data, data, metric_type=name.removeprefix("eval_"), metric_value=value)
         for name, value in logs.items()
-        if name.startswith("eval_") and not name.endswith(timings)
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_time"))
     ]
 
 

@@ -54,8 +54,8 @@ class ModelOptions:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "A checkpoint to start from, dense or of hf_efx: a folder or a name on the Hub. Without it the model is "
-            "trained from scratch.",
+            "help": "A checkpoint to start from, dense or of hf_efx: a folder or a name on the Hub. Without it the "
+            "model is trained from scratch.",
             "aliases": ["--model"],
         },
     )
@@ -64,7 +64,7 @@ class ModelOptions:
     )
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "Settings of a model from scratch in place of its config's defaults: 'n_layer=2,n_embd=128'."},
+        metadata={"help": "Settings of a model from scratch in place of the defaults: 'n_layer=2,n_embd=128'."},
     )
 
 
@@ -75,16 +75,16 @@ class DataOptions:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "A file (.txt, .md, .json, .jsonl, .csv, .tsv, .parquet, .gz of these), a folder of such files, or a "
-            "data set on the Hub (name or name:config). Without it: the English text of Python's standard library."
+            "help": "A file (.txt, .md, .json, .jsonl, .csv, .tsv, .parquet, .gz of these), a folder of such files, "
+            "or a data set on the Hub (name or name:config). Without it: the English text of Python's own library."
         },
     )
     text_column: str = field(default="text", metadata={"help": "Where a table holds the text."})
     mode: Literal["pack", "line"] = field(
         default="pack",
         metadata={
-            "help": "'pack' joins the documents and cuts them into full blocks, nothing is padded; 'line' keeps each document "
-            "apart, at the cost of padding."
+            "help": "'pack' joins the documents and cuts them into full blocks, nothing is padded; 'line' keeps each "
+            "document apart, at the cost of padding."
         },
     )
     block_size: int = field(
@@ -97,7 +97,7 @@ class DataOptions:
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub name of a tokenizer. Without it: the checkpoint's own, or from scratch the 256 bytes."
+            "help": "Folder or Hub name of a tokenizer. Without it: the checkpoint's own; from scratch, the 256 bytes."
         },
     )
     vocab_size: int | None = field(
@@ -107,7 +107,8 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.tokenizer and self.vocab_size:
             raise ValueError(
-                f"tokenizer={self.tokenizer!r} and vocab_size={self.vocab_size} exclude each other: the second trains one."
+                f"tokenizer={self.tokenizer!r} and vocab_size={self.vocab_size} exclude each other: one loads "
+                f"a tokenizer, the other trains one."
             )
         if self.max_eval_blocks is not None and self.max_eval_blocks < 1:
             raise ValueError(f"max_eval_blocks={self.max_eval_blocks}: expected 1 or more.")
@@ -152,7 +153,7 @@ def load_corpus(options: DataOptions, checkpoint: str | None = None) -> Corpus:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise ValueError(f"tokenizer={name!r} can't be loaded ({error}). Name another with --tokenizer.") from error
+            raise ValueError(f"tokenizer={name!r} can't be loaded: {error}. Name another (--tokenizer).") from error
     else:
         tokenizer = byte_tokenizer()
     documents = [str(text) for text in texts["validation"]["text"]]
@@ -160,9 +161,9 @@ def load_corpus(options: DataOptions, checkpoint: str | None = None) -> Corpus:
     validation = tokenize_blocks(texts["validation"], tokenizer, options.block_size, options.mode)
     if options.max_eval_blocks:
         validation = validation.select(range(min(options.max_eval_blocks, len(validation))))
-    source = options.dataset
+    name = options.dataset or "Python standard library text"
     return Corpus(
-        name="Python standard library text" if source is None else Path(source).name if Path(source).exists() else source,
+        name=Path(name).name if Path(name).exists() else name,
         tokenizer=tokenizer,
         train=tokenize_blocks(texts["train"], tokenizer, options.block_size, options.mode),
         validation=validation,
@@ -172,14 +173,14 @@ def load_corpus(options: DataOptions, checkpoint: str | None = None) -> Corpus:
 
 
 def scratch_config(
-    model_type: str, overrides: str | Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase
+    model_type: str, overrides: str | Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedConfig:
-    """The config of a new model, for a tokenizer's vocabulary.
+    """The config of a new model.
 
     Args:
         model_type: transformers' name of the architecture.
         overrides: Settings in place of the defaults, as a mapping or as in `"n_layer=2,n_embd=128"`.
-        tokenizer: Gives the vocabulary's size and the special tokens.
+        tokenizer: Gives the vocabulary's size and the special tokens; None leaves the architecture's own.
 
     Raises:
         ValueError: For an unknown architecture or setting, or a malformed text.
@@ -194,8 +195,11 @@ def scratch_config(
             )
         if isinstance(getattr(known, name), float) and isinstance(value, str):
             settings[name] = float(value)  # YAML takes 1e-5 for a text
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **settings})  # pyright: ignore
+    vocabulary: dict[str, Any] = {}
+    if tokenizer is not None:
+        vocabulary = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        vocabulary["vocab_size"] = len(tokenizer)
+    return AutoConfig.for_model(model_type, **{**vocabulary, **settings})
 
 
 def _parse_overrides(text: str) -> dict[str, Any]:
@@ -221,6 +225,17 @@ def scratch_model(
     return _prepared(get_efx_model(model, low_rank_config) if low_rank_config else model)
 
 
+def checkpoint_config(name: str) -> PreTrainedConfig:
+    """The config of a checkpoint.
+
+    Raises:
+        OSError: If there is no such checkpoint.
+    """
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # transformers would ask the Hub, and say so
+        raise FileNotFoundError(f"model_name_or_path={name!r}: there is no such folder.")
+    return AutoConfig.from_pretrained(name)
+
+
 def checkpoint_model(name: str, low_rank_config: LowRankConfig | None = None) -> PreTrainedModel:
     """Loads a dense checkpoint, factorised by the SVD of its weights where a config is given, or a low-rank one.
 
@@ -228,11 +243,11 @@ def checkpoint_model(name: str, low_rank_config: LowRankConfig | None = None) ->
         OSError: If there is no such checkpoint.
         ValueError: If the config can't be carried out on it.
     """
-    factorised = getattr(AutoConfig.from_pretrained(name), "efx", None)
+    factorised = getattr(checkpoint_config(name), "efx", None)
     if factorised and low_rank_config is not None and (given := low_rank_config.method_fields()):
         raise ValueError(
-            f"model_name_or_path={name!r} is factorised already, so {', '.join(given)} can't be chosen: leave them out, or "
-            f"make it dense with merge_and_unload first."
+            f"model_name_or_path={name!r} is factorised already, so {', '.join(given)} can't be chosen: leave them "
+            f"out, or make it dense with merge_and_unload first."
         )
     config = EfxConfig([low_rank_config]) if low_rank_config and not factorised else None
     model = AutoModelForCausalLM.from_pretrained(name, **({"quantization_config": config} if config else {}))
@@ -247,48 +262,27 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@dataclass(frozen=True)
-class CausalLMRun:
-    """One finished run.
-
-    Attributes:
-        trainer: With the trained model in `trainer.model`.
-        metrics: `eval_loss` (nats per token, mean over batches), `eval_perplexity` (per token), `eval_bits_per_byte`,
-            `parameters` and `dense_parameters` (of the same model with dense layers), `optimizer_bytes`,
-            `step_seconds` (median of the training steps), `train_loss`, and the Trainer's other figures.
-        history: The Trainer's log.
-    """
-
-    trainer: LowRankTrainer
-    metrics: dict[str, float]
-    history: list[dict[str, float]]
-
-
-def train_causal_lm(
+def causal_lm_trainer(
     model: PreTrainedModel,
     corpus: Corpus,
     args: LowRankArguments,
     low_rank_config: LowRankConfig | None = None,
-    *,
     callbacks: Sequence[TrainerCallback] = (),
-    resume_from_checkpoint: str | bool | None = None,
-) -> CausalLMRun:
-    """Trains and evaluates.
+) -> LowRankTrainer:
+    """A trainer that evaluates perplexity per token and bits per byte, and times its steps.
 
     Args:
         model: Dense or factorised.
         corpus: The text.
         args: Training arguments; runs with equal `seed` see the batches in the same order.
-        low_rank_config: With `args.dense_warmup_steps`: how to factorise then. None where the model is as it should be.
+        low_rank_config: With `args.dense_warmup_steps`: how to factorise then. Otherwise None.
         callbacks: Further callbacks.
-        resume_from_checkpoint: As in `LowRankTrainer.train`.
 
     Raises:
-        ValueError: Before training, if the tokens or the block size don't fit the model, or options contradict.
+        ValueError: If the tokens or the block size don't fit the model, or options contradict.
     """
     _check_fit(model, corpus)
-    timer = StepTimer()
-    trainer = LowRankTrainer(
+    return LowRankTrainer(
         model=model,
         args=args,
         low_rank_config=low_rank_config,
@@ -298,30 +292,47 @@ def train_causal_lm(
         data_collator=TextCollator(_padding(corpus.tokenizer)),
         compute_metrics=token_metrics(corpus.bytes_per_token),
         preprocess_logits_for_metrics=loss_sums,
-        callbacks=[timer, *callbacks],
+        callbacks=[StepTimer(), *callbacks],
     )
+
+
+def train_causal_lm(trainer: LowRankTrainer, resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
+    """Trains and evaluates what `causal_lm_trainer` made.
+
+    Args:
+        trainer: The trained model is in `trainer.model` afterwards, the log in `trainer.state.log_history`.
+        resume_from_checkpoint: As in `LowRankTrainer.train`.
+
+    Returns:
+        `eval_loss` (nats per token, mean over batches), `eval_perplexity` (per token), `eval_bits_per_byte`,
+        `parameters`, `dense_parameters` (of the same model with dense layers), `optimizer_bytes` (on one process),
+        `step_seconds` (median of the training steps), `train_loss`, and the Trainer's other figures.
+    """
     output = trainer.train(resume_from_checkpoint)
-    trained: Any = trainer.model
-    dense = low_rank_report(trained).total_dense_parameters if factorised_layers(trained) else trained.num_parameters()
-    metrics = {**output.metrics, **trainer.evaluate(), "parameters": trained.num_parameters(), "dense_parameters": dense}
-    metrics["optimizer_bytes"] = optimizer_bytes(trainer.optimizer)  # pyright: ignore[reportArgumentType]
-    if timer.seconds:
-        metrics["step_seconds"] = statistics.median(timer.seconds)
-    return CausalLMRun(trainer, metrics, trainer.state.log_history)
+    model: Any = trainer.model
+    figures: dict[str, Any] = {**output.metrics, **trainer.evaluate()}
+    figures["parameters"] = figures["dense_parameters"] = model.num_parameters()
+    if factorised_layers(model):
+        figures["dense_parameters"] = low_rank_report(model).total_dense_parameters
+    figures["optimizer_bytes"] = optimizer_bytes(trainer.optimizer)  # pyright: ignore[reportArgumentType]
+    timer = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StepTimer))
+    figures["step_seconds"] = statistics.median(timer.seconds) if timer.seconds else None
+    return figures
 
 
 def _check_fit(model: PreTrainedModel, corpus: Corpus) -> None:
-    vocabulary, block = model.get_input_embeddings().weight.shape[0], max(map(len, corpus.train[:8]["input_ids"]))
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary, block = embeddings.weight.shape[0], max(map(len, corpus.train[:8]["input_ids"]))
     if len(corpus.tokenizer) > vocabulary:
         raise ValueError(
-            f"the tokenizer has {len(corpus.tokenizer)} tokens, the model's vocabulary {vocabulary}: name the tokenizer "
-            f"that belongs to the model."
+            f"the tokenizer has {len(corpus.tokenizer)} tokens, the model's vocabulary {vocabulary}: name the "
+            f"tokenizer that belongs to the model."
         )
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and block > limit:
         raise ValueError(
-            f"block_size={block} is above the model's {limit} positions: lower it, or from scratch raise n_positions or "
-            f"max_position_embeddings in config_overrides."
+            f"block_size={block} is above the model's {limit} positions: lower it, or, from scratch, raise "
+            f"n_positions (max_position_embeddings) in config_overrides."
         )
 
 
@@ -330,14 +341,14 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def loss_sums(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the token losses and number of tokens of each example, [batch, 2]: what evaluation keeps of the logits."""
+    """Sum of the token losses and number of tokens of each example, [batch, 2]: all that evaluation keeps."""
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
     loss, count = per_example_loss(logits, labels, "causal")
     return torch.stack([loss * count, count.to(loss.dtype)], -1)
 
 
 def token_metrics(bytes_per_token: float) -> Any:
-    """The `compute_metrics` that goes with `loss_sums`: perplexity per token and bits per byte, over all tokens alike."""
+    """The `compute_metrics` that goes with `loss_sums`: perplexity per token and bits per byte, each token alike."""
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         total, tokens = np.asarray(prediction.predictions, np.float64).sum(0).tolist()
@@ -366,10 +377,14 @@ class StepTimer(TrainerCallback):
         self.seconds: list[float] = []
         self._start = 0.0
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Starts the clock."""
         self._start = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Stops it."""
         self.seconds.append(time.perf_counter() - self._start)

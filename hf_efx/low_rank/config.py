@@ -1,6 +1,7 @@
 """LowRankConfig: which layers are factorised, at which rank, and how the factors start."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -91,7 +92,8 @@ class LowRankConfig(EfxMethodConfig):
         if self.init not in INITIALISATIONS:
             raise ValueError(f"init={self.init!r}: expected one of {', '.join(INITIALISATIONS)}.")
         scale = self.spectral_ones_scale
-        if scale != "rms" and not (isinstance(scale, (int, float)) and scale > 0):
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if scale != "rms" and not (number and 0 < float(scale) < math.inf):
             raise ValueError(f"spectral_ones_scale={scale!r}: expected a number above 0, or 'rms'.")
         if self.factor_activation is not None and self.factor_activation not in ACT2FN:
             raise ValueError(
@@ -106,7 +108,8 @@ class LowRankConfig(EfxMethodConfig):
             )
         if budget is None:
             return
-        if isinstance(budget, bool) or budget <= 0 or (isinstance(budget, float) and budget > 1):
+        whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+        if not whole and not (isinstance(budget, float) and 0 < budget <= 1):
             raise ValueError(
                 f"parameter_budget={budget!r}: expected a share in (0, 1] as a float, or a number of parameters as an int."
             )
@@ -122,16 +125,27 @@ class LowRankConfig(EfxMethodConfig):
                 f"init='spectral' (their SVD) without factor_activation, or train from scratch with get_efx_model."
             )
 
+    def check_merge(self) -> None:
+        """Raises ValueError with a factor activation: no single matrix does the same."""
+        if self.factor_activation:
+            raise ValueError(
+                f"factor_activation={self.factor_activation!r} stands between the factors: no dense matrix has the same "
+                f"outputs, so the model can't be merged. Keep the checkpoint factorised."
+            )
+
     def plan(self, model: nn.Module, targets: dict[str, nn.Module], pretrained: bool) -> dict[str, dict[str, Any]]:
         """Rank and blocks of each layer that is factorised; see `EfxMethodConfig.plan`.
 
         Raises:
-            ValueError: For an int rank above min(in, out), or rank='auto' on random weights or with too small a budget.
+            ValueError: For an int rank above min(in, out), rank='auto' on random weights or with too small a budget, or
+                a weight with NaN or infinite values, which has no SVD.
         """
         if pretrained:
             self.check_pretrained()
         blocks = block_map(model)
         views = {name: WeightView(module, blocks.blocks_of(name)) for name, module in targets.items()}
+        if self.init != "he" or self.rank == "auto":
+            _refuse_without_spectrum(views)
         ranks = self._automatic_ranks(views) if self.rank == "auto" else self._given_ranks(views)
         plan: dict[str, dict[str, Any]] = {}
         for name, view in views.items():
@@ -142,6 +156,9 @@ class LowRankConfig(EfxMethodConfig):
                     "rank %.0f). only_if_smaller=False factorises it all the same.",
                     *(name, ranks[name], limit),
                 )
+                continue
+            if self.init != "he" and not view.weight.is_meta and not view.weight.any():
+                logger.warning("%s stays dense: its weight is all zero, and factors of it would never train.", name)
                 continue
             plan[name] = self._spec(view, ranks[name])
         if not plan:
@@ -208,6 +225,7 @@ class LowRankConfig(EfxMethodConfig):
     def restore(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Rebuilds the factorised layers with empty factors."""
         for name, spec in plan.items():
+            _check_spec(name, spec)
             module = model.get_submodule(name)
             shape = [(view := WeightView(module, spec.get("blocks", 1))).out_dim, view.in_dim]
             if shape != spec["shape"]:
@@ -223,6 +241,7 @@ class LowRankConfig(EfxMethodConfig):
         """Names and shapes of the factors."""
         result = {}
         for name, spec in plan.items():
+            _check_spec(name, spec)
             out_dim, in_dim = spec["shape"]
             result[f"{name}.weight"] = [1, out_dim, spec["rank"]]
             result[f"{name}.factor_v"] = [spec.get("blocks", 1) * spec["rank"], in_dim]
@@ -236,6 +255,26 @@ def _check_rank(name: str, rank: Any) -> None:
         raise ValueError(
             f"{name}={rank!r}: expected a share of min(in, out) in (0, 1] as a float, a whole rank of at least 1 as an int"
             + (", or 'auto' with parameter_budget." if name == "rank" else ".")
+        )
+
+
+def _refuse_without_spectrum(views: dict[str, WeightView]) -> None:
+    for name, view in views.items():
+        if not view.weight.is_meta and not view.weight.isfinite().all():
+            raise ValueError(
+                f"LowRankConfig: the weight of module {name!r} holds NaN or infinite values, so it has no SVD. Repair the "
+                f"checkpoint, leave the module out with exclude_modules, or pass a rank and init='he'."
+            )
+
+
+def _check_spec(name: str, spec: Any) -> None:
+    """Checks what a checkpoint says of one module's structure."""
+    keys = set(spec) if isinstance(spec, dict) else set()
+    unknown = sorted(keys - {"rank", "shape", "blocks"})
+    if unknown or not {"rank", "shape"} <= keys:
+        raise ValueError(
+            f"config.efx says {spec!r} of module {name!r}; expected rank, shape and, if fused, blocks"
+            + (f", and {unknown[0]!r} is unknown. If a newer hf_efx wrote it, upgrade hf_efx." if unknown else ".")
         )
 
 

@@ -66,7 +66,13 @@ class FactorDecayCallback(TrainerCallback):
         layers = factorised_layers(kwargs["model"])
         if not layers and not getattr(args, "dense_warmup_steps", 0):
             raise ValueError("FactorDecayCallback: the model has no factorised layer. Call get_efx_model first.")
-        factors = {id(p) for layer in layers.values() for p in (layer.weight, layer.factor_v)}
+        factors = {id(p) for layer in layers.values() for p in (layer.weight, layer.factor_v) if p.requires_grad}
+        held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
+        if not factors <= held:
+            raise ValueError(
+                "FactorDecayCallback: the optimizer doesn't hold the factors as they are (DeepSpeed flattens them, or a "
+                "ready optimizer was built for other parameters). Use weight_decay there, or let the Trainer make it."
+            )
         for group in kwargs["optimizer"].param_groups:
             if group.get("weight_decay") and any(id(p) in factors for p in group["params"]):
                 raise ValueError(

@@ -80,6 +80,6 @@ def initial_factors(
     if init == "spectral_ones":
         return spectral_ones_factors(matrix, rank, spectral_ones_scale)
     if init == "he":
-        u, v = he_factors(*matrix.shape, rank)
+        u, v = he_factors(matrix.shape[0], matrix.shape[1], rank)
         return u.to(matrix.device), v.to(matrix.device)
     raise ValueError(f"init={init!r}: expected one of {', '.join(INITIALISATIONS)}.")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from hf_efx.core.adapter import hook_kept
+from hf_efx.core.adapter import hook_kept, swap_class
 from hf_efx.core.weight_view import WeightView
 
 
@@ -114,7 +114,7 @@ def factorise(
         v.copy_(torch.cat([f[1].mT for f in factors]))
     with hook_kept(module):
         del module.weight
-        module.__class__ = FactorisedConv2d if isinstance(module, nn.Conv2d) else FactorisedLinear
+        swap_class(module, FactorisedConv2d if isinstance(module, nn.Conv2d) else FactorisedLinear)
         module.weight = nn.Parameter(u, requires_grad=dense.requires_grad)
         module.factor_v = nn.Parameter(v, requires_grad=dense.requires_grad)
         attributes: dict[str, Any] = {
@@ -157,5 +157,5 @@ def densify(module: nn.Module) -> None:
         if dense_class is Conv1D:
             del module.in_features, module.out_features  # pyright: ignore[reportAttributeAccessIssue]
         del module.dense_class
-        module.__class__ = dense_class
+        swap_class(module, dense_class)
         module.weight = nn.Parameter(matrix, requires_grad=factor.requires_grad)

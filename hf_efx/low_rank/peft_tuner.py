@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_efx.core.adapter import default_targets, match_targets
+from hf_efx.core.adapter import match_targets
 from hf_efx.core.weight_view import WeightView
 from hf_efx.low_rank.initialisation import initial_factors
 
@@ -94,11 +94,17 @@ class LowRankAdapterLayer(nn.Module, BaseTunerLayer):
         """Writes the product of the factors over the base weight, of which a copy is kept for `unmerge`.
 
         Raises:
-            ValueError: With a factor activation, or, if `safe_merge`, where the product isn't finite.
+            ValueError: With a factor activation, for a second adapter, or, if `safe_merge`, where the product isn't
+                finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.low_rank_u:
                 continue
+            if self.merged_adapters:
+                raise ValueError(
+                    f"adapter {self.merged_adapters[0]!r} is merged already: a low-rank adapter takes the weight's place, "
+                    f"so {name!r} can't be merged on top. Call unmerge_adapter first, and merge one adapter alone."
+                )
             if self.low_rank_activation[name]:
                 raise ValueError(
                     f"factor_activation={self.low_rank_activation[name]!r} stands between the factors: no dense matrix "
@@ -106,11 +112,12 @@ class LowRankAdapterLayer(nn.Module, BaseTunerLayer):
                 )
             view = WeightView(self.get_base_layer())
             pairs = zip(self.low_rank_u[name], self.low_rank_v[name], strict=True)
-            product = torch.cat([u.detach().float() @ v.detach().float() for u, v in pairs])
+            wide = torch.promote_types(view.weight.dtype, torch.float32)
+            product = torch.cat([u.detach().to(wide) @ v.detach().to(wide) for u, v in pairs])
             if safe_merge and not product.isfinite().all():
                 raise ValueError(f"NaNs or infinities in the product of adapter {name!r}: it seems to be broken.")
             self._unmerged_weight = view.weight.detach().clone()
-            view.matrix().copy_(product)
+            view.write(product)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -130,14 +137,15 @@ class LowRankTuner(BaseTuner):
     _plan: dict[str, dict[str, Any]]
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        if peft_config.target_modules in (None, "all-linear"):
-            peft_config.target_modules = default_targets(model)
         layers = {
             name: module.get_base_layer() if isinstance(module, LowRankAdapterLayer) else module
             for name, module in model.named_modules()
             if ".base_layer" not in f".{name}"
         }
-        self._plan = peft_config.plan(model, match_targets(model, peft_config, layers), pretrained=False)
+        targets = match_targets(model, peft_config, layers)
+        if peft_config.target_modules in (None, "all-linear"):
+            peft_config.target_modules = sorted(targets)  # what peft matches by, and writes into the adapter's config
+        self._plan = peft_config.plan(model, targets, pretrained=False)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config  # the defaults depend on the model itself: see _prepare_model

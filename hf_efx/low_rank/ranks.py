@@ -89,7 +89,8 @@ def allocate_ranks(
     """
     gains, costs = {}, {}
     for name, blocks in spectra.items():
-        energy = torch.stack([s.double().square() / s.double().square().sum() for s in blocks]).sum(0)
+        # A zero block has no energy to keep.
+        energy = torch.stack([(s.double().square() / s.double().square().sum()).nan_to_num() for s in blocks]).sum(0)
         gains[name] = energy.tolist()
         costs[name] = len(blocks) * sum(shapes[name])
     ranks = dict.fromkeys(spectra, 1)

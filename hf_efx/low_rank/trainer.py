@@ -49,8 +49,8 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
     """
 
     def __init__(self, *args: Any, low_rank_config: LowRankConfig | None = None, **kwargs: Any) -> None:
+        self.low_rank_config = low_rank_config  # before the Trainer's own, which calls model_init
         super().__init__(*args, **kwargs)
-        self.low_rank_config = low_rank_config
         options: Any = self.args
         if not isinstance(options, LowRankArgumentsMixin):
             raise ValueError(
@@ -60,8 +60,8 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         self.warmup_steps_dense: int = options.dense_warmup_steps
         if self.warmup_steps_dense:
             self._check_switch()
-        elif low_rank_config is not None and efx_record(self.model) is None:  # pyright: ignore[reportArgumentType]
-            get_efx_model(self.model, low_rank_config)  # pyright: ignore[reportArgumentType]
+        else:
+            self._factorise_new(self.model)  # pyright: ignore[reportArgumentType]
         if options.factor_decay:
             self.add_callback(
                 FactorDecayCallback(options.factor_decay, options.factor_decay_kind, options.factor_decay_decoupled)
@@ -69,11 +69,24 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         if options.log_factor_metrics:
             self.add_callback(_FactorMetrics(self))
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Makes the model (`model_init`), factorised unless the run begins dense."""
+        model = super().call_model_init(trial)
+        if not getattr(self.args, "dense_warmup_steps", 0):
+            self._factorise_new(model)
+        return model
+
+    def _factorise_new(self, model: nn.Module) -> None:
+        if self.low_rank_config is not None and efx_record(model) is None:
+            get_efx_model(model, self.low_rank_config)
+
     def _check_switch(self) -> None:
         where = f"dense_warmup_steps={self.warmup_steps_dense}"
         if self.low_rank_config is None:
             raise ValueError(f"{where} needs low_rank_config, which says how to factorise.")
         self.low_rank_config.check_pretrained()  # at the switch the weights are trained
+        if efx_record(self.model) is not None:  # pyright: ignore[reportArgumentType]
+            raise ValueError(f"{where} trains dense first, but the model carries hf_efx methods already. Pass it dense.")
         if self.args.save_only_model:
             raise ValueError(f"{where}: the switch stands on a whole checkpoint, so save_only_model=True is refused.")
         if self.optimizer is not None:
@@ -289,7 +302,7 @@ class _FactorMetrics(TrainerCallback):
         rate = kwargs["optimizer"].param_groups[0]["lr"]
         columns = {
             "frobenius_norm": [row.frobenius_norm for row in rows],
-            "effective_learning_rate": [rate / row.frobenius_norm**2 for row in rows],
+            "effective_learning_rate": [rate / max(row.frobenius_norm, 1e-12) ** 2 for row in rows],
             "effective_rank_share": [row.effective_rank / row.rank for row in rows],
             "stable_rank": [row.stable_rank for row in rows],
         }

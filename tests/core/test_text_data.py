@@ -112,6 +112,7 @@ def test_parquet_with_another_text_column(tmp_path):
     Dataset.from_dict({"body": ["one", "two", "three"], "text": [1, 2, 3]}).to_parquet(path)
     loaded = load_text(path, "body", cache_dir=str(tmp_path / "cache"))
     assert sorted(text for part in loaded.values() for text in part["text"]) == ["one", "three", "two"]
+    assert list(loaded) == ["train", "validation"]  # too little for the hash to find one: a document must do
 
 
 def test_plain_text_by_paragraph_line_and_document(tmp_path):
@@ -149,22 +150,37 @@ def test_hash_split_depends_on_the_text_alone(tmp_path):
         assert len(second[split]) == 2 * len(expected) > 0
 
 
-def test_hub_name_with_configuration(monkeypatch):
-    asked = []
+def test_data_sets_from_the_hub(hub, run_python):
+    code = """
+        import json
+        from datasets import Dataset
+        from hf_efx.core.text_data import load_text
 
-    def load_dataset(name, config, cache_dir):
-        asked.append((name, config))
-        if name == "nobody/nothing":
-            raise datasets.exceptions.DatasetNotFoundError("doesn't exist on the Hub")
-        return DatasetDict({"train": Dataset.from_dict({"text": ["a", "b"]})})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    loaded = load_text("owner/corpus:raw")
-    assert {split: len(part) for split, part in loaded.items()} == {"train": 1, "validation": 1}
-    load_text("corpus")
-    assert asked == [("owner/corpus", "raw"), ("corpus", None)]
-    with pytest.raises(FileNotFoundError, match="source='nobody/nothing' is no file or folder here.*doesn't exist"):
-        load_text("nobody/nothing")
+        for config, words in (("raw", ["r one", "r two"]), ("clean", ["c one", "c two"])):
+            Dataset.from_dict({"body": words}).push_to_hub("tester/corpus", config, split="train")
+        Dataset.from_dict({"text": ["alone"]}).push_to_hub("tester/split", split="train")
+        Dataset.from_dict({"text": ["held out"]}).push_to_hub("tester/split", split="validation")
+        loaded = {name: load_text(name, column) for name, column in
+            (("tester/corpus:raw", "body"), ("tester/corpus:clean", "body"), ("tester/split", "text"))}
+        try:
+            load_text("tester/nothing")
+        except FileNotFoundError as error:
+            message = str(error)
+        try:
+            load_text("tester/corpus", "body")
+        except ValueError as error:
+            choice = str(error)
+        texts = {name: {split: part["text"][:] for split, part in splits.items()} for name, splits in loaded.items()}
+        print(json.dumps([texts, message, choice]))
+    """
+    texts, message, choice = json.loads(run_python(code, env=hub.env).splitlines()[-1])
+    assert texts["tester/split"] == {"train": ["alone"], "validation": ["held out"]}
+    for config in ("raw", "clean"):
+        splits = texts[f"tester/corpus:{config}"]
+        assert set(splits) == {"train", "validation"}
+        assert sorted(splits["train"] + splits["validation"]) == [f"{config[0]} one", f"{config[0]} two"]
+    assert "source='tester/nothing' is no file or folder here, and the Hub says: " in message
+    assert "raw" in choice and "clean" in choice
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,11 @@
-"""EfxTrainer: resuming past torn checkpoints, failing writes, Ctrl-C, structure, extra columns, metrics."""
+"""EfxTrainer: resuming past torn checkpoints, structure, extra columns, metrics (see also test_trainer_saving.py)."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -25,10 +22,8 @@ from transformers import (
     TrainerCallback,
     default_data_collator,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_efx.core.arguments import EfxArguments
-from hf_efx.core.checkpoints import CheckpointWriteError, last_complete_checkpoint
 from hf_efx.core.trainer import EfxTrainer, EfxTrainerMixin
 
 REPOSITORY = Path(__file__).parents[2]
@@ -74,6 +69,10 @@ def weights(model):
 def assert_same(one, other):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def read_card(folder):
+    return ModelCard.load(folder / "README.md")
 
 
 @pytest.fixture(scope="module")
@@ -235,164 +234,6 @@ def test_an_optimizer_of_the_old_structure_is_refused(low_rank_run, tmp_path):
     assert_same(weights(model), weights(gpt2()))
 
 
-# ---- Saving
-
-
-def test_a_torn_rewrite_of_an_old_checkpoint_is_no_resume_point(run, monkeypatch):
-    """Old and new files are each whole, but don't belong together."""
-    trainer = trainer_for(run)
-
-    def fail(folder):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", fail)
-    with pytest.raises(CheckpointWriteError, match=f"step 2 under output_dir='{run}' failed: .*No space left"):
-        trainer.train()
-    assert not (run / "checkpoint-2/trainer_state.json").exists()
-    shutil.rmtree(run / "checkpoint-4")
-    shutil.rmtree(run / "checkpoint-6")
-    assert get_last_checkpoint(str(run)) == str(run / "checkpoint-2")
-    assert last_complete_checkpoint(run) is None
-
-
-def test_errors_that_are_no_write_errors_pass(tmp_path, monkeypatch):
-    trainer = trainer_for(tmp_path)
-    error = RuntimeError("CUDA error: device-side assert triggered")
-
-    def fail(folder):
-        raise error
-
-    monkeypatch.setattr(trainer, "_save_rng_state", fail)
-    with pytest.raises(RuntimeError) as caught:
-        trainer.train()
-    assert caught.value is error
-
-
-FULL_DISK = """
-import resource, signal
-from test_trainer import *
-
-folder, expected = Path(sys.argv[1]), torch.load(sys.argv[2])
-# A write past the limit is then an error, EFBIG, as it is ENOSPC on a full disk.
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-
-class Fill(TrainerCallback):
-    def __init__(self, limit):
-        self.limit = limit
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 4:
-            self.weights = weights(kwargs["model"])
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
-
-
-# model.safetensors has 6 KB, optimizer.pt 22 KB: the first run fails at the one, the second at the other.
-for number, limit in enumerate((3_000, 15_000)):
-    run = folder / str(number)
-    fill = Fill(limit)
-    trainer = trainer_for(run, callbacks=[fill], save_total_limit=1)
-    try:
-        trainer.train()
-    except OSError as error:
-        message, cause = str(error), type(error.__cause__).__name__
-    assert f"Saving at step 4 under output_dir='{run}' failed" in message, message
-    assert "train(resume_from_checkpoint=True)" in message
-    assert cause == ("SafetensorError", "RuntimeError")[number], cause
-    assert (run / "checkpoint-4/model.safetensors").exists() == (number == 1)
-    assert get_last_checkpoint(str(run)) == str(run / "checkpoint-4")
-    assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
-    if number == 0:
-        try:
-            trainer.save_model(str(folder / "final"))
-        except OSError as error:
-            assert f"output_dir='{folder / 'final'}' failed" in str(error), error
-        else:
-            raise AssertionError("save_model on a full disk said nothing")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert trainer.state.global_step == 4
-    assert_same(weights(trainer.model), fill.weights)
-    trainer.save_model(str(run / "by_hand"))
-    assert_same(weights(GPT2LMHeadModel.from_pretrained(run / "by_hand")), fill.weights)
-    again = trainer_for(run, gpt2(seed=1))
-    again.train(resume_from_checkpoint=True)
-    assert again._initial_global_step == 2
-    assert_same(weights(again.model), expected)
-print("unharmed")
-"""
-
-
-def test_full_disk(tmp_path, finished):
-    torch.save(finished[1], tmp_path / "expected.pt")
-    done = python(FULL_DISK, tmp_path, tmp_path / "expected.pt")
-    out, err = done.communicate(timeout=120)
-    assert done.returncode == 0 and out.endswith("unharmed\n"), err
-
-
-def python(code, *args):
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])}
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-# ---- Ctrl-C
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("step, newest", [(1, None), (3, 2), (5, 4)])
-def test_interruption_says_how_to_go_on(tmp_path, finished, caplog, step, newest):
-    trainer = trainer_for(tmp_path, callbacks=[Interrupt(step)])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    [message] = [r.getMessage() for r in caplog.records if r.name == "hf_efx.core.trainer"]
-    assert message.startswith(f"Interrupted at step {step} of 6.")
-    if newest is None:
-        assert f"no complete checkpoint in output_dir='{tmp_path}'" in message
-        return
-    assert f"{tmp_path}/checkpoint-{newest}: go on with train(resume_from_checkpoint=True)" in message
-    again = trainer_for(tmp_path, gpt2(seed=1))
-    again.train(resume_from_checkpoint=True)
-    assert_same(weights(again.model), finished[1])
-
-
-SIGINT = """
-import time
-from test_trainer import *
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background hands down "ignore"
-
-
-class Wait(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            print("waiting", flush=True)
-            time.sleep(60)
-
-
-trainer_for(sys.argv[1], callbacks=[Wait()]).train()
-"""
-
-
-def test_a_real_ctrl_c(tmp_path):
-    process = python(SIGINT, tmp_path)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line == "waiting\n":
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and err.rstrip().endswith("KeyboardInterrupt")
-    assert f"Interrupted at step 3 of 6. The newest complete checkpoint is {tmp_path}/checkpoint-2" in err
-
-
 # ---- Columns and metrics
 
 
@@ -436,11 +277,14 @@ def test_extra_columns_reach_selection_and_not_the_model(tmp_path, finished):
         eval_dataset=dataset(),
         data_collator=default_data_collator,
     )
+    given = set()
+    trainer.model.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
     trainer.train()
     assert len(trainer.ids) == 12 == len(set(trainer.ids)) and set(trainer.ids) <= set(range(100, 116))
     assert_same(weights(trainer.model), finished[1])
     assert trainer.evaluate()["eval_loss"] > 0
     assert trainer.predict(dataset()).predictions.shape == (16, 8, 16)
+    assert {"input_ids", "labels"} <= given and not {"example_id", "unknown"} & given
 
 
 def test_extra_columns_in_seq2seq(tmp_path):
@@ -473,6 +317,7 @@ def test_over_trls_sft_trainer(tmp_path):
     trainer = make()
     trainer.train()
     assert {"input_ids", "labels", "example_id"} <= set(trainer._signature_columns)
+    assert "hf_efx" in read_card(tmp_path).data.tags  # trl writes its card with each checkpoint
     tear(tmp_path / "checkpoint-4")
     again = make()
     again.train(resume_from_checkpoint=True)
@@ -514,6 +359,26 @@ def test_metrics_without_step_logs_go_into_the_summary(tmp_path):
     adding.trainer = trainer_for(tmp_path, callbacks=[adding], max_steps=3, logging_strategy="no")
     output = adding.trainer.train()
     assert output.metrics["efx/step"] == 2.0 and output.metrics["efx/once"] == 7.0
+
+
+def test_every_logged_name_is_documented(tmp_path):
+    from hf_efx.low_rank.arguments import LowRankArguments
+    from hf_efx.low_rank.config import LowRankConfig
+    from hf_efx.low_rank.trainer import LowRankTrainer
+
+    options = {"log_factor_metrics": True, "include_num_input_tokens_seen": "all", "eval_strategy": "steps"}
+    trainer = LowRankTrainer(
+        gpt2(),
+        arguments(tmp_path, cls=LowRankArguments, **options),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        low_rank_config=LowRankConfig(rank=2, only_if_smaller=False),
+    )
+    trainer.train()
+    names = set().union(*trainer.state.log_history)
+    page = (REPOSITORY / "docs/metrics.md").read_text()
+    assert "low_rank/stable_rank" in names
+    assert not [name for name in sorted(names) if f"| `{name}` |" not in page]
 
 
 def test_modules_without_a_config_train_and_resume(tmp_path):
