@@ -1,8 +1,8 @@
-"""hf_efx: research methods for efficient and uncertainty-aware training, as an extension of the Hugging Face ecosystem.
+"""hf_efx: research methods for efficient and uncertainty-aware training, over the Hugging Face ecosystem.
 
-Public names are imported when they are first used: `import hf_efx` loads neither torch nor peft. Its one side effect is
-a post-import hook: when transformers loads its quantizer registry, `hf_efx.core.loading` registers itself there, so that
-plain `AutoModel....from_pretrained` reads efx checkpoints, whichever of the two packages was imported first.
+Public names are imported when they are first used: `import hf_efx` loads neither torch nor peft. Its one side effect
+is a post-import hook: when transformers loads its quantizer registry, `hf_efx.core.loading` registers itself there,
+so that plain `AutoModel....from_pretrained` reads efx checkpoints, whichever of the two packages was imported first.
 """
 
 import importlib

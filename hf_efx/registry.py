@@ -1,4 +1,4 @@
-"""The methods of this package, one row each: the tables, the command line, the cards and the citations read them here."""
+"""The methods of this package, one row each, for tables, command line, cards and citations."""
 
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ class Method:
         arxiv: arXiv identifier.
         task: What it is for.
         config: Import path of the method's PEFT-style config, None where it has none.
+        options: Import paths of the dataclasses whose fields are the method's options.
         program: Import path of the function behind `hf-efx <name>`, None while the method is planned.
     """
 
@@ -27,6 +28,7 @@ class Method:
     arxiv: str
     task: str
     config: str | None = None
+    options: tuple[str, ...] = ()
     program: str | None = None
 
     @property
@@ -54,19 +56,20 @@ _ROWS = (
         name="low_rank",
         title="Low-rank (factorised) training",
         paper="Exploring Low Rank Training of Deep Neural Networks",
-        authors="Kamalakara, Siddhartha Rao and Locatelli, Acyr and Venkitesh, Bharat and Ba, Jimmy and Gal, Yarin and "
-        "Gomez, Aidan N.",
+        authors="Kamalakara, Siddhartha Rao and Locatelli, Acyr and Venkitesh, Bharat and Ba, Jimmy and Gal, Yarin "
+        "and Gomez, Aidan N.",
         year=2022,
         arxiv="2209.13569",
         task="train fewer parameters from scratch",
         config="hf_efx.low_rank.config.LowRankConfig",
+        options=("hf_efx.low_rank.config.LowRankConfig", "hf_efx.low_rank.arguments.LowRankArgumentsMixin"),
         program="hf_efx.low_rank.train_gpt2.main",
     ),
     Method(
         name="rho_loss",
         title="RHO-LOSS data selection",
         paper="Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt",
-        authors="Mindermann, S\\\"oren and others",
+        authors='Mindermann, S\\"oren and others',
         year=2022,
         arxiv="2206.07137",
         task="choose the examples to train on",
@@ -75,7 +78,7 @@ _ROWS = (
         name="goldiprox",
         title="GoldiProx shareable training sequences",
         paper="Prioritized training on points that are learnable, worth learning, and not yet learnt",
-        authors="Mindermann, S\\\"oren and others",
+        authors='Mindermann, S\\"oren and others',
         year=2021,
         arxiv="2107.02565",
         task="choose a training sequence with a small proxy",

@@ -5,14 +5,18 @@
 
 From `scripts/reproduce/results/<method>.json` (studies) and `scripts/benchmarks/results/<method>.json` come
 `model_cards/<method>-study.md` and `-benchmark.md`, and the text between `<!-- begin generated: NAME -->` and
-`<!-- end generated -->`: `study` and `benchmark` in a method's page, `methods` in the README.
+`<!-- end generated -->`: `study` and `benchmark` in a method's page, `methods` in the README. `options` in a
+method's page comes from the fields of its config and arguments.
 """
 
 import argparse
+import dataclasses
+import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hf_efx.core.arguments import describe_options
 from hf_efx.core.card import MethodRow, markdown_table, render_result_card
 from hf_efx.core.evidence import claims_table, read_results, summary_table, write_atomically
 from hf_efx.registry import METHODS
@@ -63,7 +67,8 @@ def drift(root: Path, methods: Mapping[str, MethodRow]) -> dict[Path, str | None
     for name in methods:
         page = root / "hf_efx" / name / "README.md"
         if page.exists():
-            wanted[page] = _filled(page, {kind: _measured(results.get((name, kind)), name, kind) for kind in KINDS})
+            sections = {kind: _measured(results.get((name, kind)), name, kind) for kind in KINDS}
+            wanted[page] = _filled(page, {**sections, "options": _options(METHODS[name].options)})
     return {path: text for path, text in wanted.items() if text != _text(path)}
 
 
@@ -112,6 +117,23 @@ def _methods_table(root: Path, methods: Mapping[str, MethodRow], results: Result
         paper = f"[{method.paper}](https://arxiv.org/abs/{method.arxiv})"
         lines.append((title, paper, method.status, " ".join(headlines) or "\u2013"))
     return markdown_table(("method", "paper", "status", "measured here"), lines)
+
+
+def _options(paths: Sequence[str]) -> str:
+    parts = []
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        options = getattr(importlib.import_module(module), name)
+        foreign = {f.name for base in options.__mro__ if base.__module__.startswith("peft.") for f in _fields(base)}
+        lines = [
+            (f"`{o.name}`", f"`{o.default!r}`", o.help) for o in describe_options(options) if o.name not in foreign
+        ]
+        parts.append(f"`{name}`\n\n{markdown_table(('option', 'default', 'what it does and trades'), lines)}")
+    return "\n\n".join(parts)
+
+
+def _fields(kind: type) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
 
 
 def _measured(results: dict | None, name: str, kind: str) -> str:

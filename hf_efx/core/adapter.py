@@ -43,7 +43,8 @@ def get_efx_model(
         The same object.
 
     Raises:
-        ValueError: If a config can't be carried out on this model (the reason and the way out are named). Everything is
+        ValueError: If a config can't be carried out on this model (the reason and the way out are named). Everything
+        is
             checked first: the model is unchanged then.
     """
     if configs is None:
@@ -60,8 +61,8 @@ def get_efx_model(
         for name in targets:
             if name in taken:
                 raise ValueError(
-                    f"{type(config).__name__}: module {name!r} is already taken by the {taken[name]} config before it in "
-                    f"the list. Part them with target_modules or exclude_modules."
+                    f"{type(config).__name__}: module {name!r} is already taken by the {taken[name]} config before "
+                    f"it in the list. Part them with target_modules or exclude_modules."
                 )
         plan = config.plan(model, targets, pretrained)
         for name in plan:
@@ -83,7 +84,8 @@ def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool
     Args:
         model: The dense model, on any device, meta included. Modules that are rebuilt already stay as they are.
         record: As returned by `efx_record`.
-        initialise: Start the rebuilt parameters from the weights that are there, as the configs say. False leaves their
+        initialise: Start the rebuilt parameters from the weights that are there, as the configs say. False leaves
+        their
             values for a checkpoint to fill.
 
     Raises:
@@ -113,8 +115,8 @@ def plan_for(model: nn.Module, modules: dict[str, Any]) -> dict[str, Any]:
         found = next((c for c in candidates if c in names), None)
         if found is None:
             raise ValueError(
-                f"config.efx names the module {name!r}, which {type(model).__name__} doesn't have: the checkpoint belongs "
-                f"to another architecture, or its config.json was changed."
+                f"config.efx names the module {name!r}, which {type(model).__name__} doesn't have: the checkpoint "
+                f"belongs to another architecture, or its config.json was changed."
             )
         result[found] = spec
     return result
@@ -124,7 +126,8 @@ def merge_and_unload(model: ModelT) -> ModelT:
     """Takes all methods off: a plain dense model with the same outputs and state-dict keys.
 
     Raises:
-        ValueError: If a peft adapter is still on the model, or a method can't be merged (the reason is named). The model
+        ValueError: If a peft adapter is still on the model, or a method can't be merged (the reason is named). The
+        model
             is unchanged then.
     """
     _refuse_foreign(model)
@@ -155,7 +158,7 @@ def unload(model: ModelT) -> ModelT:
 
 
 def efx_record(model: nn.Module) -> dict[str, Any] | None:
-    """What stands in `model.config.efx` (for a module without a transformers config: in `model.efx`), None if nothing."""
+    """What stands in `model.config.efx` (without a transformers config: in `model.efx`), None if nothing."""
     return getattr(_record_holder(model), "efx", None)
 
 
@@ -181,14 +184,14 @@ def _write_record(model: nn.Module, methods: list[dict[str, Any]]) -> None:
         return
     # Read by core/loading.py. On the live model it is a plain dict: transformers and the Trainer take only a model
     # that carries an `hf_quantizer` for a quantised one, and `save_pretrained` writes it as it stands.
+    mark = {"quant_method": QUANT_METHOD}
     if any(entry_config(entry).changes_skeleton for entry in methods):
-        holder.quantization_config = {"quant_method": QUANT_METHOD}
+        holder.quantization_config = mark
         # Files name tensors as modules do. transformers would save a ViT or DINOv2 under an older layout's names, with
         # weights joined that are factors here.
         model._weight_conversions = []  # pyright: ignore[reportArgumentType]
-    elif getattr(holder, "quantization_config", None) is not None:
-        del holder.quantization_config
-        del model._weight_conversions
+    elif getattr(holder, "quantization_config", None) == mark:
+        del holder.quantization_config, model._weight_conversions
 
 
 def default_targets(model: nn.Module) -> list[str]:
@@ -228,7 +231,8 @@ def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str | None:
             return "peft has already adapted it: merge that adapter first, or put hf_efx on first and LoRA on top"
         if hasattr(module, "dense_class"):
             return "it is already factorised"
-        return f"it is a {type(module).__name__}, not a plain Linear, Conv1D or Conv2d (quantised or custom layers aren't)"
+        return
+        f"it is a {type(module).__name__}, not a plain Linear, Conv1D or Conv2d (quantised or custom layers aren't)"
     weight: torch.Tensor = module.weight  # pyright: ignore[reportAssignmentType]
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}: quantised layers can't be changed, load the model unquantised"
@@ -296,8 +300,8 @@ def _refuse_foreign(model: nn.Module) -> None:
     """Raises where the whole model is in a state that no method may change."""
     if hasattr(model, "peft_config"):
         raise ValueError(
-            f"{type(model).__name__} already carries a peft adapter. Put hf_efx on first and the adapter on top, or merge "
-            f"or unload the adapter first. (For a low-rank adapter: peft.get_peft_model(model, LowRankConfig(...)).)"
+            f"{type(model).__name__} already carries a peft adapter. Put hf_efx on first and the adapter on top, or "
+            f"merge or unload the adapter first. (A low-rank adapter: peft.get_peft_model(model, LowRankConfig()).)"
         )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD:

@@ -4,8 +4,9 @@ A checkpoint's `config.json` holds it under `efx`:
 
     {"format_version": 1, "methods": [{"method": "low_rank", "config": {...}, "modules": {"h.0.attn.c_attn": {...}}}]}
 
-`config` are the user's settings, `modules` the structure they led to. Loading reads `modules` alone, so that a checkpoint
-outlives changes in how targets and ranks are chosen. What the version promises stands in docs/checkpoints.md.
+`config` are the user's settings, `modules` the structure they led to. Loading reads `modules` alone, so that a
+checkpoint outlives changes in how targets and ranks are chosen. What the version promises stands in
+docs/checkpoints.md.
 
 This file must not import peft: transformers' loading imports it.
 """
@@ -28,8 +29,8 @@ QUANT_METHOD = "hf_efx"
 class EfxConfig(QuantizationConfigMixin):
     """Ordered list of method configs.
 
-    Pass it to `from_pretrained(..., quantization_config=EfxConfig([...]))` to make an efx model out of a dense checkpoint
-    while it loads, or to `get_efx_model`. It is a quantization config in form only, the official way into
+    Pass it to `from_pretrained(..., quantization_config=EfxConfig([...]))` to make an efx model out of a dense
+    checkpoint while it loads, or to `get_efx_model`. It is a quantization config in form only, the official way into
     transformers' loading; nothing is quantised.
 
     Args:
@@ -48,8 +49,8 @@ class EfxConfig(QuantizationConfigMixin):
         for config in self.methods:
             if not hasattr(config, "method_fields"):
                 raise ValueError(
-                    f"EfxConfig: {config!r} is no config of an hf_efx method. Pass for example LowRankConfig(rank=0.25); "
-                    f"LoRA and other peft configs go on top afterwards, with peft.get_peft_model."
+                    f"EfxConfig: {config!r} is no config of an hf_efx method. Pass for example "
+                    f"LowRankConfig(rank=0.25); LoRA and other peft configs go on top, with peft.get_peft_model."
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def config_class(method: str) -> "type[EfxMethodConfig]":
     if row is None or row.config is None:
         known = ", ".join(name for name, m in METHODS.items() if m.config)
         raise ValueError(
-            f"config.efx names the method {method!r}, which this hf_efx doesn't have (it has: {known}). Upgrade hf_efx."
+            f"config.efx names the method {method!r}, which this hf_efx lacks (it has: {known}). Upgrade hf_efx."
         )
     module, _, name = row.config.rpartition(".")
     return getattr(importlib.import_module(module), name)
@@ -86,10 +87,12 @@ def check_record(record: Any) -> dict[str, Any]:
         raise ValueError(f"config.efx is {record!r}; expected {{'format_version': ..., 'methods': [...]}}.")
     version = record.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"config.efx has format_version={version!r}; expected a whole number from 1 to {FORMAT_VERSION}.")
+        raise ValueError(
+            f"config.efx has format_version={version!r}; expected a whole number from 1 to {FORMAT_VERSION}."
+        )
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"config.efx has format_version={version}, this hf_efx reads up to {FORMAT_VERSION}: a newer hf_efx wrote the "
+            f"config.efx has format_version={version}, this one reads up to {FORMAT_VERSION}: a newer hf_efx wrote the "
             f"checkpoint. Upgrade with `pip install -U hf_efx`."
         )
     for entry in record["methods"]:

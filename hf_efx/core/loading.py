@@ -1,9 +1,9 @@
 """The transformers plug-in behind from_pretrained (door 2), by its official quantizer registry.
 
-Two cases come through here. A saved efx checkpoint: the skeleton is rewritten from `config.efx` before the weights load.
-A dense checkpoint with `quantization_config=EfxConfig([...])`: it loads as it is, then the methods go in. In both the
-quantizer takes itself off the model at the end: nothing is quantised, and a model that stays `is_quantized` refuses
-`.half()` and can't be trained by the Trainer.
+Two cases come through here. A saved efx checkpoint: the skeleton is rewritten from `config.efx` before the weights
+load. A dense checkpoint with `quantization_config=EfxConfig([...])`: it loads as it is, then the methods go in. In
+both the quantizer takes itself off the model at the end: nothing is quantised, and a model that stays `is_quantized`
+refuses `.half()` and can't be trained by the Trainer.
 
 Imported by a hook while transformers itself is being imported: no peft, no modeling_utils at the top.
 """
@@ -40,8 +40,8 @@ class EfxQuantizer(HfQuantizer):
         record = getattr(model.config, "efx", None)
         if record is None:
             raise ValueError(
-                "config.json says quant_method='hf_efx' but holds no 'efx' entry: it was edited, or written by something "
-                "else than save_pretrained. Restore config.json from the checkpoint's source."
+                "config.json says quant_method='hf_efx' but holds no 'efx' entry: it was edited, or written by "
+                "something else than save_pretrained. Restore config.json from the checkpoint's source."
             )
         check_record(record)
         check_checkpoint(record, checkpoint_files)
@@ -95,15 +95,15 @@ def check_checkpoint(record: dict[str, Any], files: list[str] | None) -> None:
                 present.update({key: list(f.get_slice(key).get_shape()) for key in f.keys()})  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is no whole safetensors file ({error}): it was cut short while it was written or copied. Load "
-                f"an earlier checkpoint, or fetch the file again."
+                f"{path} is no whole safetensors file ({error}): it was cut short while it was written or copied. "
+                f"Load an earlier checkpoint, or fetch the file again."
             ) from error
     for entry in record["methods"]:
         for key, shape in entry_config(entry).expected_tensors(entry["modules"]).items():
             if key not in present:
                 raise ValueError(
-                    f"The checkpoint lacks the factor {key!r} (shape {shape}) which config.efx promises: config.json and "
-                    f"the weight files don't belong together, or a shard is missing."
+                    f"The checkpoint lacks the factor {key!r} (shape {shape}) which config.efx promises: "
+                    f"config.json and the weight files don't belong together, or a shard is missing."
                 )
             if present[key] != shape:
                 raise ValueError(f"The factor {key!r} has shape {present[key]}, config.efx promises {shape}.")

@@ -65,8 +65,8 @@ class EfxMethodConfig(PeftConfig):
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             if self.target_modules != "all-linear":
                 raise ValueError(
-                    f"layers_to_transform={self.layers_to_transform!r} has no effect where target_modules is a regular "
-                    f"expression ({self.target_modules!r}): put the layers into the expression, or list module names."
+                    f"layers_to_transform={self.layers_to_transform!r} has no effect where target_modules is a "
+                    f"regular expression ({self.target_modules!r}): put them into it, or list module names."
                 )
 
     def method_fields(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Door 3: our configs in peft's registry, so that `peft.get_peft_model`, `PeftModel.from_pretrained` and AutoPeftModel
 take them.
 
-The only file that touches peft's internals: `register_peft_method` refuses names outside peft's own enum, so the mappings
-are filled directly. They are no promised API; peft's version is bounded in pyproject.toml and tests/core/test_peft_bridge.py
-holds the behaviour.
+The only file that touches peft's internals: `register_peft_method` refuses names outside peft's own enum, so the
+mappings are filled directly. They are no promised API; peft's version is bounded in pyproject.toml and
+tests/core/test_peft_bridge.py holds the behaviour.
 """
 
 import importlib
@@ -26,8 +26,8 @@ class EfxType(str, Enum):  # noqa: UP042  (peft compares its own `class PeftType
 def register_peft() -> None:
     """Makes peft know all hf_efx adapters.
 
-    Importing a config such as `LowRankConfig` does this already; call it before `PeftModel.from_pretrained` in a program
-    that names no config, which would otherwise end in peft's bare `KeyError: 'EFX_LOW_RANK'`.
+    Importing a config such as `LowRankConfig` does this already; call it before `PeftModel.from_pretrained` in a
+    program that names no config, which would otherwise end in peft's bare `KeyError: 'EFX_LOW_RANK'`.
     """
     for method in METHODS.values():
         if method.config:
@@ -62,7 +62,7 @@ def _refuse_merge_into_factors(wrapped: Any, tuner: BaseTuner, args: Any, kwargs
     for name, module in tuner.model.named_modules():
         if isinstance(module, BaseTunerLayer) and hasattr(module.get_base_layer(), "dense_class"):
             raise ValueError(
-                f"{type(tuner).__name__}: the adapter on {name!r} can't be merged, since that layer is factorised and a "
-                f"sum of its product and a dense update is no product of its rank. Keep the adapter unmerged, or call "
-                f"hf_efx.merge_and_unload on the base model before putting the adapter on."
+                f"{type(tuner).__name__}: the adapter on {name!r} can't be merged, since that layer is factorised "
+                f"and a sum of its product and a dense update is no product of its rank. Keep the adapter unmerged, "
+                f"or call hf_efx.merge_and_unload on the base model before putting the adapter on."
             )

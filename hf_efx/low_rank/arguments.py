@@ -19,15 +19,15 @@ class LowRankArgumentsMixin:
     dense_warmup_steps: int = field(
         default=0,
         metadata={
-            "help": "Optimiser steps to train dense before the layers are factorised inside the run; 0 factorises at the "
-            "start. More steps cost more time and memory, and start the factors from trained weights."
+            "help": "Optimiser steps to train dense before the layers are factorised inside the run; 0 factorises "
+            "at the start. More steps cost more time and memory, and start the factors from trained weights."
         },
     )
     switch_optimizer_state: str = field(
         default="project",
         metadata={
-            "help": "What becomes of the optimiser's moments at the switch: 'project' carries them onto the factors by the "
-            "chain rule, 'reset' starts them anew."
+            "help": "What becomes of the optimiser's moments at the switch: 'project' carries them onto the factors "
+            "by the chain rule, 'reset' starts them anew."
         },
     )
     # The paper is reported to halve the rate at the switch; our runs say what that does here.
@@ -37,8 +37,8 @@ class LowRankArgumentsMixin:
     factor_decay: float = field(
         default=0.0,
         metadata={
-            "help": "Strength of the decay on factors; above 0 the factors leave the ordinary weight decay. Higher shrinks "
-            "the layers faster."
+            "help": "Strength of the decay on factors; above 0 the factors leave the ordinary weight decay. Higher "
+            "shrinks the layers faster."
         },
     )
     factor_decay_kind: str = field(
@@ -51,13 +51,15 @@ class LowRankArgumentsMixin:
     factor_decay_decoupled: bool = field(
         default=True,
         metadata={
-            "help": "Apply the decay beside the optimiser's step, as AdamW does; False adds it to the gradient, where Adam "
-            "rescales it."
+            "help": "Apply the decay beside the optimiser's step, as AdamW does; False adds it to the gradient, "
+            "where Adam rescales it."
         },
     )
     log_factor_metrics: bool = field(
         default=False,
-        metadata={"help": "Log norm, effective step size, effective and stable rank of the factorised layers (means)."},
+        metadata={
+            "help": "Log norm, effective step size, effective and stable rank of the factorised layers (means)."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -68,11 +70,15 @@ class LowRankArgumentsMixin:
                 f"switch_optimizer_state={self.switch_optimizer_state!r}: expected one of {', '.join(SWITCH_STATES)}."
             )
         if not self.switch_learning_rate_scale > 0:
-            raise ValueError(f"switch_learning_rate_scale={self.switch_learning_rate_scale}: expected a number above 0.")
+            raise ValueError(
+                f"switch_learning_rate_scale={self.switch_learning_rate_scale}: expected a number above 0."
+            )
         if self.factor_decay < 0:
             raise ValueError(f"factor_decay={self.factor_decay}: expected a strength of 0 or more.")
         if self.factor_decay_kind not in FACTOR_DECAYS:
-            raise ValueError(f"factor_decay_kind={self.factor_decay_kind!r}: expected one of {', '.join(FACTOR_DECAYS)}.")
+            raise ValueError(
+                f"factor_decay_kind={self.factor_decay_kind!r}: expected one of {', '.join(FACTOR_DECAYS)}."
+            )
         super_post_init = getattr(super(), "__post_init__", None)
         if super_post_init is not None:
             super_post_init()

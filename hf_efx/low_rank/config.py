@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.activations import ACT2FN
@@ -37,9 +36,9 @@ class LowRankConfig(EfxMethodConfig):
     rank: float | int | str = field(
         default=0.25,
         metadata={
-            "help": "Rank of the factors: a share of min(in, out) (float), a whole rank (int), or 'auto' to choose it per "
-            "layer from the spectrum of trained weights within parameter_budget. Lower is smaller and faster, and fits "
-            "less well."
+            "help": "Rank of the factors: a share of min(in, out) (float), a whole rank (int), or 'auto' to choose "
+            "it per layer from the spectrum of trained weights within parameter_budget. Lower is smaller and "
+            "faster, and fits less well."
         },
     )
     parameter_budget: float | int | None = field(
@@ -65,15 +64,15 @@ class LowRankConfig(EfxMethodConfig):
     spectral_ones_scale: float | str = field(
         default=1.0,
         metadata={
-            "help": "The singular value of 'spectral_ones': 1.0 as in the paper, or 'rms' for the norm that 'spectral' "
-            "gives, which follows the dense initialisation's scale."
+            "help": "The singular value of 'spectral_ones': 1.0 as in the paper, or 'rms' for the norm that "
+            "'spectral' gives, which follows the dense initialisation's scale."
         },
     )
     factor_activation: str | None = field(
         default=None,
         metadata={
-            "help": "Nonlinearity between the factors, by its transformers name such as 'silu'. More expressive at equal "
-            "rank; such layers can't be merged into a dense one."
+            "help": "Nonlinearity between the factors, by its transformers name such as 'silu'. More expressive at "
+            "equal rank; such layers can't be merged into a dense one."
         },
     )
     only_if_smaller: bool = field(
@@ -111,7 +110,7 @@ class LowRankConfig(EfxMethodConfig):
         whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
         if not whole and not (isinstance(budget, float) and 0 < budget <= 1):
             raise ValueError(
-                f"parameter_budget={budget!r}: expected a share in (0, 1] as a float, or a number of parameters as an int."
+                f"parameter_budget={budget!r}: expected a share in (0, 1] as a float, or a number as an int."
             )
         if self.rank_pattern:
             raise ValueError("rank_pattern and rank='auto' exclude each other: pass the ranks, or have them chosen.")
@@ -121,23 +120,24 @@ class LowRankConfig(EfxMethodConfig):
         if self.init != "spectral" or self.factor_activation:
             field_name = "init" if self.init != "spectral" else "factor_activation"
             raise ValueError(
-                f"{field_name}={getattr(self, field_name)!r} discards the pretrained weights that are being loaded: use "
-                f"init='spectral' (their SVD) without factor_activation, or train from scratch with get_efx_model."
+                f"{field_name}={getattr(self, field_name)!r} discards the pretrained weights that are being loaded: "
+                f"use init='spectral' (their SVD) without factor_activation, or train from scratch with get_efx_model."
             )
 
     def check_merge(self) -> None:
         """Raises ValueError with a factor activation: no single matrix does the same."""
         if self.factor_activation:
             raise ValueError(
-                f"factor_activation={self.factor_activation!r} stands between the factors: no dense matrix has the same "
-                f"outputs, so the model can't be merged. Keep the checkpoint factorised."
+                f"factor_activation={self.factor_activation!r} stands between the factors: no dense matrix has the "
+                f"same outputs, so the model can't be merged. Keep the checkpoint factorised."
             )
 
     def plan(self, model: nn.Module, targets: dict[str, nn.Module], pretrained: bool) -> dict[str, dict[str, Any]]:
         """Rank and blocks of each layer that is factorised; see `EfxMethodConfig.plan`.
 
         Raises:
-            ValueError: For an int rank above min(in, out), rank='auto' on random weights or with too small a budget, or
+            ValueError: For an int rank above min(in, out), rank='auto' on random weights or with too small a budget,
+            or
                 a weight with NaN or infinite values, which has no SVD.
         """
         if pretrained:
@@ -152,8 +152,8 @@ class LowRankConfig(EfxMethodConfig):
             limit = break_even_rank(view.block_dim, view.in_dim)
             if (self.only_if_smaller or self.rank == "auto") and ranks[name] >= limit:
                 logger.warning(
-                    "%s stays dense: at rank %d its factors would hold no fewer parameters than its weight (break-even "
-                    "rank %.0f). only_if_smaller=False factorises it all the same.",
+                    "%s stays dense: at rank %d its factors would hold no fewer parameters than its weight "
+                    "(break-even rank %.0f). only_if_smaller=False factorises it all the same.",
                     *(name, ranks[name], limit),
                 )
                 continue
@@ -163,8 +163,8 @@ class LowRankConfig(EfxMethodConfig):
             plan[name] = self._spec(view, ranks[name])
         if not plan:
             raise ValueError(
-                f"rank={self.rank!r}: no layer would get smaller, so nothing would be factorised. Lower the rank, or pass "
-                f"only_if_smaller=False."
+                f"rank={self.rank!r}: no layer would get smaller, so nothing would be factorised. Lower the rank, "
+                f"or pass only_if_smaller=False."
             )
         return plan
 
@@ -183,12 +183,14 @@ class LowRankConfig(EfxMethodConfig):
                 ranks[name] = resolve_rank(self.rank_pattern.get(key, self.rank), view.block_dim, view.in_dim)  # pyright: ignore
             except ValueError as error:
                 raise ValueError(
-                    f"LowRankConfig: {error} of module {name!r} (one block is [{view.block_dim}, {view.in_dim}]). Lower "
-                    f"`rank`, give it as a share, or name this module in rank_pattern."
+                    f"LowRankConfig: {error} of module {name!r} (one block is [{view.block_dim}, {view.in_dim}]). "
+                    f"Lower `rank`, give it as a share, or name this module in rank_pattern."
                 ) from None
         unused = [pattern for pattern in self.rank_pattern if pattern not in used]
         if unused:
-            raise ValueError(f"rank_pattern[{unused[0]!r}] matches no targeted module, for example {next(iter(views))!r}.")
+            raise ValueError(
+                f"rank_pattern[{unused[0]!r}] matches no targeted module, for example {next(iter(views))!r}."
+            )
         return ranks
 
     def _automatic_ranks(self, views: dict[str, WeightView]) -> dict[str, int]:
@@ -198,8 +200,8 @@ class LowRankConfig(EfxMethodConfig):
         shapes = {name: (view.block_dim, view.in_dim) for name, view in views.items()}
         if all(looks_random(sigma, *shapes[name]) for name, sigmas in spectra.items() for sigma in sigmas):
             raise ValueError(
-                "rank='auto' reads the spectrum of trained weights, but these look random (no singular value leaves the "
-                "Marchenko-Pastur bulk): their spectrum says nothing. Pass a rank, or train dense first "
+                "rank='auto' reads the spectrum of trained weights, but these look random (no singular value leaves "
+                "the Marchenko-Pastur bulk): their spectrum says nothing. Pass a rank, or train dense first "
                 "(LowRankTrainer with dense_warmup_steps)."
             )
         dense = sum(view.out_dim * view.in_dim for view in views.values())
@@ -253,7 +255,7 @@ def _check_rank(name: str, rank: Any) -> None:
     share = isinstance(rank, float) and 0 < rank <= 1
     if not whole and not share:
         raise ValueError(
-            f"{name}={rank!r}: expected a share of min(in, out) in (0, 1] as a float, a whole rank of at least 1 as an int"
+            f"{name}={rank!r}: expected a share of min(in, out) in (0, 1] as a float, a whole rank from 1 as an int"
             + (", or 'auto' with parameter_budget." if name == "rank" else ".")
         )
 
@@ -262,7 +264,7 @@ def _refuse_without_spectrum(views: dict[str, WeightView]) -> None:
     for name, view in views.items():
         if not view.weight.is_meta and not view.weight.isfinite().all():
             raise ValueError(
-                f"LowRankConfig: the weight of module {name!r} holds NaN or infinite values, so it has no SVD. Repair the "
+                f"LowRankConfig: the weight of module {name!r} holds NaN or infinities, so it has no SVD. Repair the "
                 f"checkpoint, leave the module out with exclude_modules, or pass a rank and init='he'."
             )
 

@@ -1,7 +1,8 @@
 """Decay on factors: Frobenius decay on the product (Khodak et al. 2021, arXiv 2105.01029) and L2 on each factor.
 
-Weight decay on both factors multiplies the product by (1 - ηλ)² a step and is a nuclear-norm penalty (λ/2 (‖U‖² + ‖V‖²)
-≥ λ ‖UVᵀ‖_*), which lowers its effective rank. Frobenius decay λ/2 ‖UVᵀ‖²_F is what weight decay does to a dense layer.
+Weight decay on both factors multiplies the product by (1 - ηλ)² a step and is a nuclear-norm penalty (λ/2 (‖U‖² +
+‖V‖²) ≥ λ ‖UVᵀ‖_*), which lowers its effective rank. Frobenius decay λ/2 ‖UVᵀ‖²_F is what weight decay does to a
+dense layer.
 """
 
 from typing import Any
@@ -39,8 +40,8 @@ def decay_gradients(module: FactorisedLayer, kind: str) -> tuple[torch.Tensor, t
 class FactorDecayCallback(TrainerCallback):
     """Decays the factors of a low-rank model, once per optimiser step, in any Trainer.
 
-    Decoupled, the default, it takes η λ times the decay's gradient off the factors just before the optimiser's step, as
-    AdamW does with weight decay; coupled, it adds λ times the gradient to `.grad` after clipping.
+    Decoupled, the default, it takes η λ times the decay's gradient off the factors just before the optimiser's step,
+    as AdamW does with weight decay; coupled, it adds λ times the gradient to `.grad` after clipping.
 
     Args:
         strength: λ, 0 or more.
@@ -70,8 +71,8 @@ class FactorDecayCallback(TrainerCallback):
         held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
         if not factors <= held:
             raise ValueError(
-                "FactorDecayCallback: the optimizer doesn't hold the factors as they are (DeepSpeed flattens them, or a "
-                "ready optimizer was built for other parameters). Use weight_decay there, or let the Trainer make it."
+                "FactorDecayCallback: the optimizer doesn't hold the factors as they are (DeepSpeed flattens them, "
+                "or a ready optimizer was built for other parameters). Use weight_decay, or let the Trainer make it."
             )
         for group in kwargs["optimizer"].param_groups:
             if group.get("weight_decay") and any(id(p) in factors for p in group["params"]):

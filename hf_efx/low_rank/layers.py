@@ -1,8 +1,8 @@
 """Factorised layers: y = (x V) Uᵀ + b, the product U Vᵀ never formed.
 
 One factor is the parameter `weight`, shaped [1, out, r]: model code that touches `weight` finds it (GPT-2's
-`_init_weights`, T5's `wo.weight.dtype`), and no dense checkpoint fits it, so that transformers without hf_efx stops with
-its size-mismatch error instead of guessing. Modules are swapped by their class, in place.
+`_init_weights`, T5's `wo.weight.dtype`), and no dense checkpoint fits it, so that transformers without hf_efx stops
+with its size-mismatch error instead of guessing. Modules are swapped by their class, in place.
 """
 
 from typing import Any

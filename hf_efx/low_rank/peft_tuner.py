@@ -1,7 +1,7 @@
-"""Door 3 for low-rank training: a peft tuner whose layers answer with their factors in place of the frozen base weight.
+"""Door 3 for low-rank training: a peft tuner whose layers answer with factors in place of the base weight.
 
-The dense base weight stays in memory, since several adapters and disabling them need it; doors 1 and 2 are the ones that
-save memory.
+The dense base weight stays in memory, since several adapters and disabling them need it; doors 1 and 2 are the ones
+that save memory.
 """
 
 from typing import Any
@@ -58,8 +58,8 @@ class LowRankAdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.low_rank_u]
         if len(names) > 1:
             raise ValueError(
-                f"active adapters {names}: a low-rank adapter takes the weight's place, so only one can be active. Call "
-                f"set_adapter with one name."
+                f"active adapters {names}: a low-rank adapter takes the weight's place, so only one can be active. "
+                f"Call set_adapter with one name."
             )
         return names[0] if names else None
 
@@ -102,12 +102,12 @@ class LowRankAdapterLayer(nn.Module, BaseTunerLayer):
                 continue
             if self.merged_adapters:
                 raise ValueError(
-                    f"adapter {self.merged_adapters[0]!r} is merged already: a low-rank adapter takes the weight's place, "
-                    f"so {name!r} can't be merged on top. Call unmerge_adapter first, and merge one adapter alone."
+                    f"adapter {self.merged_adapters[0]!r} is merged already: a low-rank adapter takes the weight's "
+                    f"place, so {name!r} can't be merged on top. Call unmerge_adapter, and merge one alone."
                 )
             if self.low_rank_activation[name]:
                 raise ValueError(
-                    f"factor_activation={self.low_rank_activation[name]!r} stands between the factors: no dense matrix "
+                    f"factor_activation={self.low_rank_activation[name]!r} stands between the factors: no matrix "
                     f"has the same outputs, so the adapter can't be merged."
                 )
             view = WeightView(self.get_base_layer())
@@ -151,7 +151,13 @@ class LowRankTuner(BaseTuner):
         return peft_config  # the defaults depend on the model itself: see _prepare_model
 
     def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
     ) -> None:
         spec = self._plan.get(current_key)
         if spec is None:  # stays dense: no parameters to save

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-# A matrix of independent entries has its largest singular value at the Marchenko-Pastur edge, within a few percent at the
-# sizes of network layers; training pushes singular values out of the bulk. 1.1 separates both with room on each side.
+# A matrix of independent entries has its largest singular value at the Marchenko-Pastur edge, within a few percent
+# at the sizes of network layers; training pushes singular values out of the bulk. 1.1 separates both with room on
+# each side.
 RANDOM_EDGE_MARGIN = 1.1
 
 
@@ -39,7 +40,7 @@ def resolve_rank(rank: float | int, m: int, n: int) -> int:
 
 
 def effective_rank(sigma: torch.Tensor) -> float:
-    """exp(entropy) of the singular values normalised to sum 1 (Roy & Vetterli 2007): 1 for rank one, k for k equal ones."""
+    """exp(entropy) of singular values normalised to sum 1 (Roy & Vetterli 2007): k for k equal ones."""
     p = sigma.double() / sigma.double().sum()
     return math.exp(torch.special.entr(p).sum().item())
 
@@ -71,9 +72,9 @@ def allocate_ranks(
 ) -> dict[str, int]:
     """Ranks per layer that keep the most spectral energy within a number of parameters.
 
-    Each step of rank in a layer of `b` blocks [m, n] costs b (m + n) parameters and keeps Σ_b σ_i² / ‖W_b‖²_F. Singular
-    values fall within a layer, so taking the best energy for its cost first is the optimum up to the last step. Energy is
-    relative to each matrix, since layers of different scale matter alike to what follows them.
+    Each step of rank in a layer of `b` blocks [m, n] costs b (m + n) parameters and keeps Σ_b σ_i² / ‖W_b‖²_F.
+    Singular values fall within a layer, so taking the best energy for its cost first is the optimum up to the last
+    step. Energy is relative to each matrix, since layers of different scale matter alike to what follows them.
 
     Args:
         spectra: For each layer the singular values of its blocks, each [min(m, n)], descending.
@@ -81,8 +82,8 @@ def allocate_ranks(
         budget: Parameters for all of these layers together.
 
     Returns:
-        A rank from 1 to min(m, n) for each layer. Ranks past the break-even rank are not reached: such a layer is better
-        left dense, which `min(m, n)` stands for, at the dense cost.
+        A rank from 1 to min(m, n) for each layer. Ranks past the break-even rank are not reached: such a layer is
+        better left dense, which `min(m, n)` stands for, at the dense cost.
 
     Raises:
         ValueError: If the budget doesn't reach rank 1 everywhere.

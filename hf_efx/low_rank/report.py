@@ -1,4 +1,4 @@
-"""What factorising did, layer by layer: shapes, ranks, parameters, FLOPs, and what the spectrum of the product says."""
+"""What factorising did, layer by layer: shapes, ranks, parameters, FLOPs, and the spectrum of the product."""
 
 from dataclasses import asdict, dataclass
 
@@ -8,7 +8,13 @@ from torch import nn
 from hf_efx.core.weight_view import DENSE_TYPES
 from hf_efx.low_rank.decay import factorised_layers
 from hf_efx.low_rank.layers import FactorisedLayer
-from hf_efx.low_rank.ranks import break_even_rank, effective_rank, factorised_parameters, product_singular_values, stable_rank
+from hf_efx.low_rank.ranks import (
+    break_even_rank,
+    effective_rank,
+    factorised_parameters,
+    product_singular_values,
+    stable_rank,
+)
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,8 @@ class LayerReport:
         rank: Rank of each block.
         dense_parameters: Weights before.
         parameters: Weights in the factors.
-        dense_flops: Forward FLOPs per token (for a convolution per output position) before, a multiply-add counted as 2.
-        flops: The same now.
+        dense_flops: Forward FLOPs per token (for a convolution per output position) before, a multiply-add counted
+        as 2. flops: The same now.
         saves: False where the rank is at or above break-even.
         frobenius_norm: ‖UVᵀ‖_F.
         effective_rank: exp(entropy) of the normalised singular values of a block, mean over blocks.
@@ -65,7 +71,9 @@ class LowRankReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{'layer':44} {'shape':>12} {'rank':>5} {'parameters':>11} {'of dense':>8} {'eff. rank':>9} {'stable':>7}"]
+        lines = [
+            f"{'layer':44} {'shape':>12} {'rank':>5} {'parameters':>11} {'of dense':>8} {'eff. rank':>9} {'stable':>7}"
+        ]
         for row in self.layers:
             lines.append(
                 f"{row.name:44} {f'{row.shape[0]}x{row.shape[1]}':>12} {row.rank:5d} {row.parameters:11,d} "
@@ -73,7 +81,9 @@ class LowRankReport:
                 + ("" if row.saves else "  (no saving: at or above the break-even rank)")
             )
         ratio = self.total_parameters / self.total_dense_parameters
-        lines.append(f"whole model: {self.total_parameters:,} parameters, {ratio:.2f} of {self.total_dense_parameters:,}")
+        lines.append(
+            f"whole model: {self.total_parameters:,} parameters, {ratio:.2f} of {self.total_dense_parameters:,}"
+        )
         return "\n".join(lines)
 
 
@@ -85,7 +95,9 @@ def low_rank_report(model: nn.Module) -> LowRankReport:
     """
     layers = factorised_layers(model)
     if not layers:
-        raise ValueError("low_rank_report: the model has no factorised layer. Call get_efx_model(model, LowRankConfig(...)).")
+        raise ValueError(
+            "low_rank_report: the model has no factorised layer. Call get_efx_model(model, LowRankConfig(...))."
+        )
     rows = [_layer_report(name, layer) for name, layer in layers.items()]
     total = sum(p.numel() for p in model.parameters())
     return LowRankReport(

@@ -1,8 +1,8 @@
 """The switch from dense to factorised inside a run: what becomes of the optimiser's state.
 
-With W = U Vᵀ and G = dL/dW, the chain rule gives dL/dU = G V and dL/dV = Gᵀ U. First moments are linear in the gradient
-and follow it exactly, as long as the factors stand still. Second moments E[G²] follow as E[(G V)²] ≈ E[G²] V², which
-holds for uncorrelated entries of G.
+With W = U Vᵀ and G = dL/dW, the chain rule gives dL/dU = G V and dL/dV = Gᵀ U. First moments are linear in the
+gradient and follow it exactly, as long as the factors stand still. Second moments E[G²] follow as E[(G V)²] ≈ E[G²]
+V², which holds for uncorrelated entries of G.
 """
 
 import logging

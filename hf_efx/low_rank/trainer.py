@@ -2,8 +2,8 @@
 
 The switch stands on a checkpoint. The Trainer stops at the step and saves as always; the first process factorises the
 model, converts the optimiser's state and the schedule, and writes them beside the checkpoint; all processes go on from
-there as from any checkpoint. So model, optimiser, DDP and compiled graphs are built anew by the Trainer's own code, every
-rank has the same factors, and a run that is killed before, at or after the switch resumes exactly.
+there as from any checkpoint. So model, optimiser, DDP and compiled graphs are built anew by the Trainer's own code,
+every rank has the same factors, and a run that is killed before, at or after the switch resumes exactly.
 """
 
 import gc
@@ -86,18 +86,20 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             raise ValueError(f"{where} needs low_rank_config, which says how to factorise.")
         self.low_rank_config.check_pretrained()  # at the switch the weights are trained
         if efx_record(self.model) is not None:  # pyright: ignore[reportArgumentType]
-            raise ValueError(f"{where} trains dense first, but the model carries hf_efx methods already. Pass it dense.")
+            raise ValueError(
+                f"{where} trains dense first, but the model carries hf_efx methods already. Pass it dense."
+            )
         if self.args.save_only_model:
             raise ValueError(f"{where}: the switch stands on a whole checkpoint, so save_only_model=True is refused.")
         if self.optimizer is not None:
             raise ValueError(
-                f"{where}: the switch makes a new optimizer, so a ready one can't be passed in `optimizers`. Choose it by "
-                f"args.optim or optimizer_cls_and_kwargs."
+                f"{where}: the switch makes a new optimizer, so a ready one can't be passed in `optimizers`. Choose "
+                f"it by args.optim or optimizer_cls_and_kwargs."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                f"{where}: the switch reads whole parameters and optimizer states, which FSDP and DeepSpeed shard. Use "
-                f"DDP or one process, or factorise from the start (dense_warmup_steps=0)."
+                f"{where}: the switch reads whole parameters and optimizer states, which FSDP and DeepSpeed shard. "
+                f"Use DDP or one process, or factorise from the start (dense_warmup_steps=0)."
             )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -119,8 +121,8 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         step = 0 if checkpoint is None else _step(checkpoint)
         if step > switch:
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r} is dense at step {step}, past dense_warmup_steps={switch}: name an "
-                f"earlier checkpoint, or raise dense_warmup_steps."
+                f"resume_from_checkpoint={checkpoint!r} is dense at step {step}, past dense_warmup_steps={switch}: "
+                f"name an earlier checkpoint, or raise dense_warmup_steps."
             )
         if step < switch:
             with self._until(switch):
@@ -169,7 +171,8 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             temporary.rename(staged)
             logger.info("Factorised at step %d:\n%s", _step(checkpoint), low_rank_report(model))
         self.accelerator.wait_for_everyone()
-        # The old optimizer, scheduler and wrapper hold parameters that are gone (under DDP with hooks on those that stay).
+        # The old optimizer, scheduler and wrapper hold parameters that are gone (under DDP with hooks on those that
+        # stay).
         self.optimizer = self.lr_scheduler = None  # pyright: ignore[reportAttributeAccessIssue]
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.model_wrapped = self.callback_handler.model = model
@@ -244,7 +247,9 @@ class DenseWarmupCallback(TrainerCallback):
                 f"global_step={state.global_step}, steps={self.steps}). Use LowRankTrainer with dense_warmup_steps."
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """At the step, factorises the model and puts its factors into the optimiser in place of the dense weights."""
         if state.global_step != self.steps:
             return
@@ -277,8 +282,8 @@ class _StopAt(TrainerCallback):
     ) -> None:
         if state.max_steps <= self.step:
             raise ValueError(
-                f"dense_warmup_steps={self.step} leaves no factorised step of the run's {state.max_steps}: lower it, or "
-                f"train longer."
+                f"dense_warmup_steps={self.step} leaves no factorised step of the run's {state.max_steps}: lower "
+                f"it, or train longer."
             )
 
     def on_step_end(
@@ -295,7 +300,9 @@ class _FactorMetrics(TrainerCallback):
     def __init__(self, trainer: LowRankTrainerMixin) -> None:
         self.trainer = trainer
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not control.should_log or not factorised_layers(kwargs["model"]):
             return
         rows = low_rank_report(kwargs["model"]).layers

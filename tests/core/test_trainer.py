@@ -101,9 +101,6 @@ def test_without_options_it_is_the_plain_trainer(finished, tmp_path):
     assert_same(weights(plain.model), finished[1])
 
 
-# ---- Resuming
-
-
 @pytest.mark.parametrize("torn", [(), ("checkpoint-6",), ("checkpoint-6", "checkpoint-4")])
 def test_resume_passes_over_torn_checkpoints(run, finished, torn, caplog):
     for name in torn:
@@ -169,9 +166,6 @@ def test_processes_agree_on_the_oldest_choice(run, monkeypatch):
         trainer._resume_point(True)
 
 
-# ---- Structure
-
-
 @pytest.fixture(scope="module")
 def low_rank_run(tmp_path_factory):
     from hf_efx.core.adapter import get_efx_model
@@ -232,9 +226,6 @@ def test_an_optimizer_of_the_old_structure_is_refused(low_rank_run, tmp_path):
     with pytest.raises(ValueError, match="Resume with a new Trainer that is given no optimizer"):
         trainer.train(str(low_rank_run[0] / "checkpoint-4"))
     assert_same(weights(model), weights(gpt2()))
-
-
-# ---- Columns and metrics
 
 
 class Recording:

@@ -17,6 +17,7 @@ from hf_efx.core.checkpoints import CheckpointWriteError, last_complete_checkpoi
 
 __all__ = ["finished", "run"]  # fixtures, used by name
 
+
 def test_a_torn_rewrite_of_an_old_checkpoint_is_no_resume_point(run, monkeypatch):
     """Old and new files are each whole, but don't belong together."""
     trainer = trainer_for(run)

@@ -1,0 +1,276 @@
+"""The main job: a small GPT-2 trained from scratch on real English, dense and in low-rank form, side by side.
+
+    bash scripts/quickstart.sh                            # installs first, then runs this
+    python scripts/quickstart.py                          # about 3 minutes on two CPU cores
+    python scripts/quickstart.py --dataset my_text.txt    # any text: a file, a folder, a data set on the Hub
+    python scripts/quickstart.py --seconds 120            # longer runs, better models
+
+All runs start from the same dense weights and see the same batches in the same order; what differs is how the
+factors of W = U Vᵀ start ("Exploring Low Rank Training of Deep Neural Networks", Kamalakara et al. 2022, arXiv 2209.13569). The best
+low-rank model is saved with its card, then loaded in a new process by plain `AutoModelForCausalLM.from_pretrained`.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RANK = 0.25
+BLOCK, BATCH = 128, 8  # 1,024 tokens a step
+MODEL = "n_layer=2,n_embd=128,n_head=4,n_positions=128,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
+LEARNING_RATE = 1e-3
+STEPS = 400
+RUNS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "he": {"init": "he"},
+    "spectral": {"init": "spectral"},
+    "spectral ones": {"init": "spectral_ones"},
+}
+PLOT, CHECK, RESULTS = "loss.png", "check.safetensors", "results.json"
+
+
+def main() -> None:
+    """Runs the job."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dataset", help="text: a file, a folder, a Hub data set; default: Python's own library text")
+    parser.add_argument("--text_column", default="text", help="where a table holds the text")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--seed", type=int, default=0)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps of each run (default: {STEPS})")
+    length.add_argument("--seconds", type=float, help="choose the steps so that the dense run takes about this long")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="only load a finished job's model and check it")
+    options = parser.parse_args()
+    if options.check:
+        check(options.check)
+    else:
+        job(options)
+
+
+def job(options: argparse.Namespace) -> None:
+    """Trains all runs, reports, saves the best low-rank model, and checks it in a new process."""
+    start = time.perf_counter()
+    print("Loading torch, transformers and the text ...", flush=True)
+    import datasets
+    import torch
+    import transformers
+
+    from hf_efx.low_rank.causal_lm import DataOptions, load_corpus
+    from hf_efx.low_rank.train_gpt2 import plot_losses
+
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    corpus = load_corpus(DataOptions(options.dataset, options.text_column, block_size=BLOCK))
+    print(
+        f"{corpus.name}: {len(corpus.train) * BLOCK:,} bytes to train on, {len(corpus.validation) * BLOCK:,} held out.\n"
+        f"GPT-2 ({MODEL}) on {torch.get_num_threads()} threads, {BATCH * BLOCK:,} tokens a step, rank {RANK}.",
+        flush=True,
+    )
+    steps = options.steps if options.seconds is None else steps_in(options.seconds, corpus, options.seed)
+    trainers, rows = train_all(corpus, steps, options.seed)
+    show(rows)
+    folder: Path = options.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_losses({name: trainer.state.log_history for name, trainer in trainers.items()}, folder / PLOT)
+    best = min((name for name in RUNS if name != "dense"), key=lambda name: rows[name]["eval_perplexity"])
+    save(folder, trainers[best].model, best, corpus, rows, steps, options.seed)
+    print(f"\nThe best low-rank model ({best}), its card, {PLOT} and {RESULTS} are in {folder}.")
+    print("A new process: import hf_efx, then AutoModelForCausalLM.from_pretrained ...", flush=True)
+    subprocess.run([sys.executable, __file__, "--check", str(folder)], check=True)
+    print(f"\nDone in {time.perf_counter() - start:.0f} s{peak_memory()}.")
+
+
+def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = ()) -> Any:
+    """A trainer for one of `RUNS`; all start from the same dense weights and see the same batches."""
+    import tempfile
+
+    from transformers import PrinterCallback
+
+    from hf_efx import LowRankArguments, LowRankConfig
+    from hf_efx.low_rank.causal_lm import ModelOptions, causal_lm_trainer, scratch_model
+
+    factors = RUNS[name]
+    config = LowRankConfig(rank=RANK, **factors) if factors else None
+    args = LowRankArguments(
+        output_dir=tempfile.gettempdir(),  # nothing is saved during these runs
+        save_strategy="no",
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=64,
+        logging_steps=max(steps // 40, 1),
+        eval_strategy="steps",
+        eval_steps=max(steps // 4, 1),
+        seed=seed,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        report_to="none",
+    )
+    model = scratch_model(ModelOptions(config_overrides=MODEL), corpus.tokenizer, seed, config)
+    trainer = causal_lm_trainer(model, corpus, args, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def steps_in(seconds: float, corpus: Any, seed: int) -> int:
+    """How many dense steps fit into a time, by a short trial."""
+    trainer = trainer_of("dense", corpus, 30, seed)
+    trainer.args.eval_strategy = "no"
+    start = time.perf_counter()
+    trainer.train()
+    return max(int(seconds / (time.perf_counter() - start) * 30), 40)
+
+
+def train_all(corpus: Any, steps: int, seed: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Trains each of `RUNS` under a live progress bar; trainers and figures by name."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from transformers import TrainerCallback
+
+    from hf_efx.low_rank.causal_lm import train_causal_lm
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    text = (TextColumn("{task.description:14}"), TextColumn("{task.fields[note]}"))
+    trainers: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    with Progress(text[0], *columns, text[1]) as progress:
+        tasks = {name: progress.add_task(name, total=steps, start=False, note="") for name in RUNS}
+
+        class Bar(TrainerCallback):
+            def __init__(self, task: Any) -> None:
+                self.task = task
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                progress.update(self.task, completed=state.global_step)
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+                if "loss" in (logs or {}):
+                    progress.update(self.task, note=f"loss {float(logs['loss']):.3f}")
+
+        for name in RUNS:
+            trainers[name] = trainer_of(name, corpus, steps, seed, [Bar(tasks[name])])
+            progress.start_task(tasks[name])
+            rows[name] = train_causal_lm(trainers[name])
+            progress.update(tasks[name], note=f"validation perplexity {rows[name]['eval_perplexity']:.2f}")
+            progress.stop_task(tasks[name])
+    dense, he = rows["dense"]["eval_perplexity"], rows["he"]["eval_perplexity"]
+    for row in rows.values():
+        row["gap_closed"] = (he - row["eval_perplexity"]) / (he - dense) if he != dense else math.nan
+    return trainers, rows
+
+
+def table(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of the comparison."""
+    titles = ["run", "parameters", "optimiser bytes", "step (ms)", "validation perplexity", "gap he to dense closed"]
+    lines = []
+    for name, row in rows.items():
+        figures = (f"{row['parameters']:,}", f"{row['optimizer_bytes']:,}", f"{row['step_seconds'] * 1e3:.1f}")
+        lines.append([name, *figures, f"{row['eval_perplexity']:.2f}", f"{row['gap_closed']:.0%}"])
+    return titles, lines
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    """Prints the comparison."""
+    from rich.console import Console
+    from rich.table import Table
+
+    titles, lines = table(rows)
+    shown = Table(title="Same weights to start from, same batches: what differs is the factorisation")
+    for title in titles:
+        shown.add_column(title, justify="left" if title == "run" else "right")
+    for line in lines:
+        shown.add_row(*line)
+    Console().print(shown)
+
+
+def save(
+    folder: Path, model: Any, best: str, corpus: Any, rows: dict[str, dict[str, Any]], steps: int, seed: int
+) -> None:
+    """Checkpoint, tokenizer, card, results, and logits for the check."""
+    import torch
+    from safetensors.torch import save_file
+
+    from hf_efx.core.evidence import public_command, write_results
+    from hf_efx.low_rank.train_gpt2 import write_causal_lm_card
+
+    model.eval().cpu().save_pretrained(folder)
+    corpus.tokenizer.save_pretrained(folder)
+    ids = torch.tensor(corpus.validation[:2]["input_ids"])
+    with torch.no_grad():
+        save_file({"input_ids": ids, "logits": model(input_ids=ids).logits}, folder / CHECK)
+    training = {
+        "learning_rate": LEARNING_RATE,
+        "steps": steps,
+        "tokens a step": BATCH * BLOCK,
+        "optimiser": "AdamW",
+        "schedule": "constant",
+        "seed": seed,
+    }
+    write_results(
+        folder / RESULTS,
+        title="Quickstart",
+        command=public_command(),
+        data={"name": corpus.name, "fingerprint": corpus.fingerprint},
+        seeds=[seed],
+        rows=[{"configuration": name, "seed": seed, **row} for name, row in rows.items()],
+        claims=[],
+        settings={"rank": RANK, "model": MODEL, **training},
+        plot=PLOT,
+    )
+    write_causal_lm_card(folder, model, corpus, rows[best], training, comparison=table(rows), plot=PLOT)
+
+
+def check(folder: Path) -> None:
+    """Loads the model as anyone would, compares its logits with those kept before saving, and generates some text.
+
+    Raises:
+        SystemExit: With status 1 if the logits differ.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging, set_seed
+
+    import hf_efx  # noqa: F401  lets transformers read these weights
+
+    logging.set_verbosity_error()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    kept = load_file(folder / CHECK)
+    with torch.no_grad():
+        difference = (model(input_ids=kept["input_ids"]).logits - kept["logits"]).abs().max().item()
+    print(f"largest difference of a logit: {difference:g}")
+    if not difference <= 1e-5 * kept["logits"].abs().max().item():
+        sys.exit("The loaded model isn't the one that was saved.")
+    set_seed(0)
+    for prompt in ("The ", "Return a ", "If the "):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        room = {"max_new_tokens": 90, "do_sample": True, "temperature": 0.7, "pad_token_id": tokenizer.eos_token_id}
+        text = tokenizer.decode(
+            model.generate(ids, attention_mask=torch.ones_like(ids), **room)[0], skip_special_tokens=True
+        )
+        print(f"  {json.dumps(text, ensure_ascii=False)}")
+
+
+def peak_memory() -> str:
+    """This process' peak memory as words, where the system tells it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+
+
+if __name__ == "__main__":
+    main()
