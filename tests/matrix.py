@@ -84,7 +84,7 @@ class Row:
         return f"{self.method}-{self.architecture.name}"
 
     def build(self, seed: int = 0, **fields: Any) -> Any:
-        """The efx model. Its parameters are moved off their starting values, so that a value that a test loses shows."""
+        """The efx model, its parameters moved off their starting values, so that one that a test loses shows."""
         model = hf_efx.get_efx_model(self.architecture.build(seed), self.config(**fields))
         return perturb(model)
 

@@ -14,12 +14,11 @@ import torch
 from accelerate import dispatch_model
 from matrix import ROWS, Row, perturb
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import Trainer, TrainingArguments
+from two_processes import SWITCH_STEPS, Kill, losses, switch_trainer
 
-import hf_efx
 from hf_efx import EfxConfig, EfxTrainer, get_efx_model, merge_and_unload, unload
 from hf_efx.core.adapter import efx_record
-from hf_efx.core.efx_config import QUANT_METHOD
 
 HERE = Path(__file__).parent
 
@@ -39,14 +38,16 @@ def saved(row: Row, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def logits(model: Any, row: Row) -> torch.Tensor:
-    dtype = next(model.parameters()).dtype
-    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in row.architecture.batch().items()}
-    return model.eval()(**batch).logits
+    return model.eval()(**_cast(row, next(model.parameters()).dtype)).logits
+
+
+def _cast(row: Row, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in row.architecture.batch().items()}
 
 
 def gradients(model: Any, row: Row) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    model(**row.architecture.batch()).loss.backward()
+    model(**_cast(row, next(model.parameters()).dtype)).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -67,7 +68,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
 
 
 def test_every_trainable_parameter_moves_and_no_frozen_one(row: Row) -> None:
-    model = row.build()
+    model = row.build().double()
     names = [name for name, p in model.named_parameters()]
     frozen = {names[1], next(name for name in names if name.endswith("factor_v") or name == names[-1])}
     for name, parameter in model.named_parameters():
@@ -76,7 +77,7 @@ def test_every_trainable_parameter_moves_and_no_frozen_one(row: Row) -> None:
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
     gradients(model, row)
     optimizer.step()
-    still = {name for name, p in model.named_parameters() if (p - before[name]).abs().max() < 1e-6}
+    still = {name for name, p in model.named_parameters() if (p - before[name]).abs().max() < 1e-14}
     expected = {name for name in names if name.endswith(row.architecture.unmoved or "-")}
     assert still == frozen | expected
 
@@ -102,8 +103,9 @@ def test_merge_gives_the_dense_model_with_the_same_outputs(row: Row, tmp_path: P
     expected = logits(model, row)
     assert merge_and_unload(model) is model
     assert close(logits(model, row), expected)
-    assert list(model.state_dict()) == list(dense.state_dict())
+    assert set(model.state_dict()) == set(dense.state_dict())
     assert [type(m) for m in model.modules()] == [type(m) for m in dense.modules()]
+    logits(dense, row)  # a classifier notes its problem_type in the config when it first sees labels
     assert model.config.to_dict() == dense.config.to_dict()
     for folder, each in (("merged", model), ("dense", dense)):
         each.save_pretrained(tmp_path / folder)
@@ -156,7 +158,7 @@ def test_loaded_checkpoint_saves_again_and_merges(row: Row, saved: Path, tmp_pat
 
 def test_sharded_checkpoint_loads(row: Row, tmp_path: Path) -> None:
     model = row.build()
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert_same_state(row.architecture.auto.from_pretrained(tmp_path), model)
 
@@ -246,18 +248,20 @@ def test_peft_holds_several_adapters(row: Row, tmp_path: Path) -> None:
     assert close(logits(again, row), second)
     again.unmerge_adapter()
     assert torch.equal(logits(again, row), second)
-    again.delete_adapter("second")
     again.set_adapter("default")
+    again.delete_adapter("second")
     assert torch.equal(logits(again, row), first)
 
 
-def test_lora_goes_on_top(row: Row, tmp_path: Path) -> None:
+def test_lora_goes_on_top(row: Row, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if row.architecture.name == "resnet":
+        reason = "peft makes a LoRA's convolutions as type(base_layer)(...), which a factorised one isn't ready for"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     base = row.build()
     expected = logits(base, row)
     lora = peft.LoraConfig(r=2, target_modules=row.architecture.lora_targets, init_lora_weights=False)
     model = peft.get_peft_model(base, lora)
-    if row.architecture.name == "resnet":  # peft's LoRA counts on a BatchNorm's buffers being saved with the base
-        model.eval()
+    model.eval()  # a batch norm's averages stay with the base model, not with the adapter
     grads = gradients(model, row)
     assert grads and all("lora_" in name and g.abs().max() > 0 for name, g in grads.items())
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
@@ -295,10 +299,6 @@ def test_half_precision(row: Row, saved: Path, dtype: torch.dtype) -> None:
     assert close(logits(merged, row).float(), logits(row.build(), row), 0.05)
 
 
-def _cast(row: Row, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in row.architecture.batch().items()}
-
-
 def test_meta_model_takes_the_structure_and_then_values(row: Row) -> None:
     model = row.build()
     with torch.device("meta"):
@@ -332,7 +332,8 @@ def test_device_map_is_left_alone(row: Row, saved: Path) -> None:
     assert close(logits(merge_and_unload(model), row), expected)
     assert {name for name, m in model.named_modules() if hasattr(m, "_hf_hook")} == hooked
     assert model.hf_device_map == {"": "cpu"}
-    assert row.architecture.auto.from_pretrained(saved, device_map="cpu").hf_device_map == {"": "cpu"}
+    loaded = row.architecture.auto.from_pretrained(saved, device_map="cpu")
+    assert torch.equal(logits(loaded, row), expected)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(row: Row) -> None:
@@ -340,22 +341,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(row: Row) -> None:
         assert not row.build().supports_gradient_checkpointing
         pytest.skip("transformers doesn't checkpoint this architecture")
     plain, checkpointed = row.build().train(), row.build().train()
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
-    assert checkpointed.is_gradient_checkpointing
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    assert checkpointed.is_activation_checkpointing
     expected, grads = gradients(plain, row), gradients(checkpointed, row)
     assert grads.keys() == expected.keys()
-    assert all(torch.equal(grads[name], expected[name]) for name in grads)
-
-
-class _Kill(TrainerCallback):
-    """Ends a run in the middle of nowhere, as a killed process would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
+    assert all((grads[name] - g).norm() <= 1e-5 * g.norm() + 1e-7 for name, g in expected.items())
 
 
 def _trainer(make: Callable[..., Trainer], model: Any, row: Row, folder: Path) -> Trainer:
@@ -376,23 +366,119 @@ def _trainer(make: Callable[..., Trainer], model: Any, row: Row, folder: Path) -
     return make(model, arguments, train_dataset=data)
 
 
-def _losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def test_trainer_resumes_with_the_same_trace(row: Row, tmp_path: Path) -> None:
     whole = _trainer(Trainer, row.build(), row, tmp_path / "whole")
     whole.train()
     killed = _trainer(Trainer, row.build(), row, tmp_path / "killed")
-    killed.add_callback(_Kill(3))
+    killed.add_callback(Kill(3))
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     checkpoint = tmp_path / "killed" / "checkpoint-2"
-    plain = _trainer(Trainer, row.architecture.auto.from_pretrained(checkpoint), row, tmp_path / "killed")
+    plain = _trainer(Trainer, row.build(seed=1), row, tmp_path / "killed")
     plain.train(str(checkpoint))
     ours = _trainer(EfxTrainer, row.architecture.build(), row, tmp_path / "killed")  # a dense model, rebuilt to match
     ours.train(str(checkpoint))
-    assert len(_losses(whole)) == 4
+    assert len(losses(whole)) == 4
     for resumed in (plain, ours):
-        assert _losses(resumed) == _losses(whole)
+        assert losses(resumed) == losses(whole)
         assert_same_state(resumed.model, whole.model)
+
+
+# --- other processes
+
+
+@pytest.fixture(scope="module")
+def plain_process(tmp_path_factory: pytest.TempPathFactory, run_python: Callable[..., str]) -> dict[str, Any]:
+    """What a process without hf_efx makes of every row's checkpoints, and what it makes of them after importing it."""
+    folder = tmp_path_factory.mktemp("plain")
+    jobs = {}
+    for row in ROWS:
+        model = row.build()
+        torch.save(row.architecture.batch(), folder / f"{row.id}.batch")
+        torch.save(logits(model, row), folder / f"{row.id}.logits")
+        model.save_pretrained(folder / row.id / "efx")
+        merge_and_unload(model).save_pretrained(folder / row.id / "merged")
+        full = get_efx_model(row.architecture.build(), row.config(rank=1.0, only_if_smaller=False))
+        full.save_pretrained(folder / row.id / "full_rank")
+        jobs[row.id] = row.architecture.auto_class
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    program = """
+        import json, sys, torch, transformers
+        from pathlib import Path
+
+        folder = Path(sys.argv[1])
+
+        def load(row, auto, kind):
+            batch, expected = (torch.load(folder / f"{row}.{name}") for name in ("batch", "logits"))
+            try:
+                model = getattr(transformers, auto).from_pretrained(folder / row / kind)
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+            with torch.no_grad():
+                found = model(**batch).logits
+            return ((found - expected).abs().max() / expected.abs().max()).item()
+
+        jobs = json.loads((folder / "jobs.json").read_text())
+        kinds = ("efx", "full_rank", "merged")
+        results = {row: {kind: load(row, auto, kind) for kind in kinds} for row, auto in jobs.items()}
+        assert "hf_efx" not in sys.modules
+        import hf_efx
+        for row, auto in jobs.items():
+            results[row]["efx, hf_efx imported"] = load(row, auto, "efx")
+        print("RESULTS", json.dumps(results))
+    """
+    output = run_python(program, args=[folder])
+    return json.loads(output.partition("RESULTS ")[2])
+
+
+def test_process_without_hf_efx_stops_at_an_efx_checkpoint(row: Row, plain_process: dict[str, Any]) -> None:
+    if not row.changes_skeleton:
+        assert plain_process[row.id]["efx"] == 0.0
+        return
+    for kind in ("efx", "full_rank"):
+        assert "mismatch" in str(plain_process[row.id][kind]), plain_process[row.id][kind]
+
+
+def test_process_without_hf_efx_loads_a_merged_checkpoint(row: Row, plain_process: dict[str, Any]) -> None:
+    assert plain_process[row.id]["merged"] < 1e-5
+
+
+def test_hf_efx_can_be_imported_after_transformers(row: Row, plain_process: dict[str, Any]) -> None:
+    assert plain_process[row.id]["efx, hf_efx imported"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of tests/two_processes.py: all rows in one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    command = [sys.executable, *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
+    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(HERE / "two_processes.py"), str(folder)], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["processes"] == 2
+    return results
+
+
+def test_two_processes_equal_one(row: Row, two_processes: dict[str, Any]) -> None:
+    assert two_processes["apart"][row.id] > 1e-3  # each half alone leads elsewhere
+    assert two_processes["ddp"][row.id] < 1e-10
+    assert two_processes["fsdp"][row.id] < 1e-10
+
+
+def test_factor_decay_under_fsdp_equals_one_process(two_processes: dict[str, Any]) -> None:
+    assert two_processes["fsdp_decay"] < 1e-10
+
+
+def test_switch_in_two_processes(two_processes: dict[str, Any], tmp_path: Path) -> None:
+    switch = two_processes["switch"]
+    assert switch["ranks_identical"] and len(switch["factorised"]) == 8
+    assert len(switch["losses"]) == SWITCH_STEPS
+    assert switch["resumed"] == switch["losses"]
+    single = switch_trainer(tmp_path, gradient_accumulation_steps=2)  # the same two batches to a step
+    single.train()
+    assert losses(single) == pytest.approx(switch["losses"], rel=1e-5)

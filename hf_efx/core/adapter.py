@@ -231,8 +231,13 @@ def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str | None:
             return "peft has already adapted it: merge that adapter first, or put hf_efx on first and LoRA on top"
         if hasattr(module, "dense_class"):
             return "it is already factorised"
-        return
-        f"it is a {type(module).__name__}, not a plain Linear, Conv1D or Conv2d (quantised or custom layers aren't)"
+        kind = type(module).__name__
+        return f"it is a {kind}, not a plain Linear, Conv1D or Conv2d (quantised or custom layers aren't)"
+    if "weight" not in module._parameters:
+        return "its weight is no parameter (weight norm, spectral norm and pruning compute it): remove that first"
+    own_forward = vars(module).get("_old_forward", vars(module).get("forward"))  # the former under accelerate's hooks
+    if own_forward is not None and getattr(own_forward, "__func__", None) is not type(module).forward:
+        return "its forward was replaced on the instance, and would go on to read a dense weight"
     weight: torch.Tensor = module.weight  # pyright: ignore[reportAssignmentType]
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}: quantised layers can't be changed, load the model unquantised"
@@ -336,6 +341,7 @@ def hook_kept(module: nn.Module) -> Iterator[None]:
     hook: ModelHook | None = getattr(module, "_hf_hook", None)
     if hook is not None:
         remove_hook_from_module(module)
+        module.__dict__.pop("forward", None)  # of the old class, left there: it would hide the new one
     try:
         yield
     finally:

@@ -92,7 +92,7 @@ def check_record(record: Any) -> dict[str, Any]:
         )
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"config.efx has format_version={version}, this one reads up to {FORMAT_VERSION}: a newer hf_efx wrote the "
+            f"config.efx has format_version={version}, this one reads up to {FORMAT_VERSION}: a newer one wrote the "
             f"checkpoint. Upgrade with `pip install -U hf_efx`."
         )
     for entry in record["methods"]:

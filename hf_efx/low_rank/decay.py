@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_efx.low_rank.arguments import FACTOR_DECAYS
@@ -92,6 +93,8 @@ class FactorDecayCallback(TrainerCallback):
             for parameter, gradient in zip((layer.weight, layer.factor_v), gradients, strict=True):
                 if not parameter.requires_grad:
                     continue
+                if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):  # FSDP2: to each its shard
+                    gradient = gradient.redistribute(placements=parameter.placements)
                 if self.decoupled:
                     parameter.sub_(gradient, alpha=rates[id(parameter)] * self.strength)
                 elif parameter.grad is not None:

@@ -157,6 +157,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         """Writes the factorised form of a dense checkpoint and readies the Trainer to go on from it."""
         staged = Path(checkpoint).with_name(f"factorised-{_step(checkpoint)}")
         model: Any = self.model
+        self._match_structure(model, checkpoint)  # refuses a model that a run before has factorised already
         if self.args.should_save:
             self._load_from_checkpoint(checkpoint)  # on resume the model in memory is not trained yet
             dense_names = self._new_optimizer_names()

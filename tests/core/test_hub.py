@@ -57,6 +57,16 @@ PUSH = """
     adapted = get_peft_model(base, lora).eval()
     keep_logits("adapted", adapted)
     adapted.push_to_hub("tester/tiny-lora")
+
+    from hf_efx import LowRankConfig, get_efx_model
+
+    dense = AutoModelForCausalLM.from_pretrained("tester/tiny-gpt2")
+    low_rank_adapter = get_peft_model(dense, LowRankConfig(rank=0.5)).eval()
+    keep_logits("low_rank_adapter", low_rank_adapter)
+    low_rank_adapter.push_to_hub("tester/tiny-low-rank-adapter")
+    low_rank = get_efx_model(low_rank_adapter.unload(), LowRankConfig(rank=0.25))
+    keep_logits("low_rank", low_rank)
+    low_rank.push_to_hub("tester/tiny-low-rank")
     print(json.dumps({"first": first, "second": second}))
 """
 
@@ -83,6 +93,13 @@ PULL = """
     keep_logits("second", model)
     keep_logits("adapted", PeftModel.from_pretrained(model, "tester/tiny-lora"))
 
+    import hf_efx
+
+    hf_efx.register_peft()
+    dense = AutoModelForCausalLM.from_pretrained("tester/tiny-gpt2")
+    keep_logits("low_rank_adapter", PeftModel.from_pretrained(dense, "tester/tiny-low-rank-adapter"))
+    keep_logits("low_rank", AutoModelForCausalLM.from_pretrained("tester/tiny-low-rank"))
+
     info = HfApi().model_info("tester/tiny-gpt2", files_metadata=True)
     print(json.dumps({
         "ids": ids[0].tolist(),
@@ -103,7 +120,8 @@ def round_trip(hub, run_python, tmp_path_factory):
     pushed = json.loads(run_python(PUSH, env=hub.env, args=[out[0], TEXT]))
     env = hub.env | {"HF_HOME": str(home)}
     pulled = json.loads(run_python(PULL, env=env, args=[out[1], TEXT, pushed["first"]]))
-    logits = {name: [np.load(folder / f"{name}.npy") for folder in out] for name in ("first", "second", "adapted")}
+    names = ("first", "second", "adapted", "low_rank_adapter", "low_rank")
+    logits = {name: [np.load(folder / f"{name}.npy") for folder in out] for name in names}
     return {"pushed": pushed, "pulled": pulled, "logits": logits}
 
 
@@ -128,6 +146,13 @@ def test_an_old_revision_still_loads(round_trip):
     assert not np.array_equal(first[1], second[1])
     assert round_trip["pushed"]["first"] != round_trip["pushed"]["second"]
     assert round_trip["pulled"]["titles"] == ["second weights", "Upload tokenizer", "first weights", "initial commit"]
+
+
+@pytest.mark.parametrize("name", ["low_rank_adapter", "low_rank"])
+def test_low_rank_models_load_by_repository_id(round_trip, name):
+    before, after = round_trip["logits"][name]
+    np.testing.assert_array_equal(after, before)
+    assert not np.array_equal(after, round_trip["logits"]["second"][1])  # it isn't the dense model
 
 
 def test_lora_adapter_loads_by_repository_id(round_trip):
