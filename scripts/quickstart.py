@@ -5,9 +5,10 @@
     python scripts/quickstart.py --dataset my_text.txt    # any text: a file, a folder, a data set on the Hub
     python scripts/quickstart.py --seconds 120            # longer runs, better models
 
-All runs start from the same dense weights and see the same batches in the same order; what differs is how the
-factors of W = U Vᵀ start ("Exploring Low Rank Training of Deep Neural Networks", Kamalakara et al. 2022, arXiv 2209.13569). The best
-low-rank model is saved with its card, then loaded in a new process by plain `AutoModelForCausalLM.from_pretrained`.
+All runs start from the same dense weights and see the same batches in the same order; what differs is how the factors
+of W = U Vᵀ start ("Exploring Low Rank Training of Deep Neural Networks", Kamalakara et al. 2022, arXiv 2209.13569).
+The best low-rank model is saved with its card, then loaded in a new process by plain
+`AutoModelForCausalLM.from_pretrained`.
 """
 
 import argparse
@@ -23,12 +24,13 @@ RANK = 0.25
 BLOCK, BATCH = 128, 8  # 1,024 tokens a step
 MODEL = "n_layer=2,n_embd=128,n_head=4,n_positions=128,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
 LEARNING_RATE = 1e-3
-STEPS = 400
+STEPS = 600
 RUNS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "he": {"init": "he"},
     "spectral": {"init": "spectral"},
-    "spectral ones": {"init": "spectral_ones"},
+    "spectral ones": {"init": "spectral_ones"},  # singular values 1, as in the paper
+    "ones, rms": {"init": "spectral_ones", "spectral_ones_scale": "rms"},  # equal ones of the dense weights' norm
 }
 PLOT, CHECK, RESULTS = "loss.png", "check.safetensors", "results.json"
 
@@ -63,11 +65,14 @@ def job(options: argparse.Namespace) -> None:
     from hf_efx.low_rank.train_gpt2 import plot_losses
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # Matrices this small gain little from more threads, and lose much where these wait for a core that is busy.
+    torch.set_num_threads(1)
     corpus = load_corpus(DataOptions(options.dataset, options.text_column, block_size=BLOCK))
     print(
-        f"{corpus.name}: {len(corpus.train) * BLOCK:,} bytes to train on, {len(corpus.validation) * BLOCK:,} held out.\n"
-        f"GPT-2 ({MODEL}) on {torch.get_num_threads()} threads, {BATCH * BLOCK:,} tokens a step, rank {RANK}.",
+        f"{corpus.name}: {len(corpus.train) * BLOCK:,} tokens (bytes) to train on, {len(corpus.validation) * BLOCK:,} "
+        f"held out.\nGPT-2 ({MODEL}), {BATCH * BLOCK:,} tokens a step, rank {RANK}.",
         flush=True,
     )
     steps = options.steps if options.seconds is None else steps_in(options.seconds, corpus, options.seed)
@@ -144,7 +149,7 @@ def train_all(corpus: Any, steps: int, seed: int) -> tuple[dict[str, Any], dict[
     text = (TextColumn("{task.description:14}"), TextColumn("{task.fields[note]}"))
     trainers: dict[str, Any] = {}
     rows: dict[str, dict[str, Any]] = {}
-    with Progress(text[0], *columns, text[1]) as progress:
+    with Progress(text[0], *columns, text[1], disable=not sys.stdout.isatty()) as progress:
         tasks = {name: progress.add_task(name, total=steps, start=False, note="") for name in RUNS}
 
         class Bar(TrainerCallback):
@@ -164,6 +169,8 @@ def train_all(corpus: Any, steps: int, seed: int) -> tuple[dict[str, Any], dict[
             rows[name] = train_causal_lm(trainers[name])
             progress.update(tasks[name], note=f"validation perplexity {rows[name]['eval_perplexity']:.2f}")
             progress.stop_task(tasks[name])
+            if not progress.console.is_terminal:  # a log file shows no bars
+                print(f"{name}: validation perplexity {rows[name]['eval_perplexity']:.2f}", flush=True)
     dense, he = rows["dense"]["eval_perplexity"], rows["he"]["eval_perplexity"]
     for row in rows.values():
         row["gap_closed"] = (he - row["eval_perplexity"]) / (he - dense) if he != dense else math.nan
@@ -172,7 +179,7 @@ def train_all(corpus: Any, steps: int, seed: int) -> tuple[dict[str, Any], dict[
 
 def table(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Titles and cells of the comparison."""
-    titles = ["run", "parameters", "optimiser bytes", "step (ms)", "validation perplexity", "gap he to dense closed"]
+    titles = ["run", "parameters", "optimiser bytes", "step (ms)", "perplexity", "gap closed"]
     lines = []
     for name, row in rows.items():
         figures = (f"{row['parameters']:,}", f"{row['optimizer_bytes']:,}", f"{row['step_seconds'] * 1e3:.1f}")
@@ -186,7 +193,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
     titles, lines = table(rows)
-    shown = Table(title="Same weights to start from, same batches: what differs is the factorisation")
+    shown = Table(title="Validation; gap closed: from he (0%) to dense (100%)")
     for title in titles:
         shown.add_column(title, justify="left" if title == "run" else "right")
     for line in lines:
@@ -244,6 +251,8 @@ def check(folder: Path) -> None:
     import hf_efx  # noqa: F401  lets transformers read these weights
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     kept = load_file(folder / CHECK)
@@ -256,10 +265,8 @@ def check(folder: Path) -> None:
     for prompt in ("The ", "Return a ", "If the "):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         room = {"max_new_tokens": 90, "do_sample": True, "temperature": 0.7, "pad_token_id": tokenizer.eos_token_id}
-        text = tokenizer.decode(
-            model.generate(ids, attention_mask=torch.ones_like(ids), **room)[0], skip_special_tokens=True
-        )
-        print(f"  {json.dumps(text, ensure_ascii=False)}")
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), **room)[0]
+        print(f"  {json.dumps(tokenizer.decode(written, skip_special_tokens=True), ensure_ascii=False)}")
 
 
 def peak_memory() -> str:

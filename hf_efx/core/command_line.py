@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -35,6 +36,8 @@ class OptionParser(HfArgumentParser):
             usage=f"{prog} [--config run.yaml] [--option value ...]",  # with every option it would fill the screen
             allow_abbrev=False,
         )
+        for action in self._actions:  # argparse formats help texts with %
+            action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
         self.options, self.config = list(options), config
         self.add_argument("--config", help="YAML file of options, which the command line overrides.")
         self._config_fields = config_option_fields(config) if config else []

@@ -148,19 +148,23 @@ class LowRankConfig(EfxMethodConfig):
             _refuse_without_spectrum(views)
         ranks = self._automatic_ranks(views) if self.rank == "auto" else self._given_ranks(views)
         plan: dict[str, dict[str, Any]] = {}
+        larger, zero = [], []
         for name, view in views.items():
             limit = break_even_rank(view.block_dim, view.in_dim)
             if (self.only_if_smaller or self.rank == "auto") and ranks[name] >= limit:
-                logger.warning(
-                    "%s stays dense: at rank %d its factors would hold no fewer parameters than its weight "
-                    "(break-even rank %.0f). only_if_smaller=False factorises it all the same.",
-                    *(name, ranks[name], limit),
-                )
-                continue
-            if self.init != "he" and not view.weight.is_meta and not view.weight.any():
-                logger.warning("%s stays dense: its weight is all zero, and factors of it would never train.", name)
-                continue
-            plan[name] = self._spec(view, ranks[name])
+                larger.append(f"{name} (rank {ranks[name]}, break-even {limit:.0f})")
+            elif self.init != "he" and not view.weight.is_meta and not view.weight.any():
+                zero.append(name)
+            else:
+                plan[name] = self._spec(view, ranks[name])
+        if larger:
+            logger.warning(
+                "Left dense, since factors would hold no fewer parameters than the weight (only_if_smaller=False "
+                "factorises them all the same): %s",
+                ", ".join(larger),
+            )
+        if zero:
+            logger.warning("Left dense, since factors of an all-zero weight would never train: %s", ", ".join(zero))
         if not plan:
             raise ValueError(
                 f"rank={self.rank!r}: no layer would get smaller, so nothing would be factorised. Lower the rank, "

@@ -72,9 +72,9 @@ def test_whole_record_passes() -> None:
         ({"format_version": "1", "methods": []}, "format_version='1'"),
         ({"format_version": True, "methods": []}, "format_version=True"),
         ({"format_version": 0, "methods": []}, "format_version=0"),
-        ({"format_version": 2, "methods": []}, "a newer hf_efx wrote the checkpoint. Upgrade"),
+        ({"format_version": 2, "methods": []}, "wrote the checkpoint. Upgrade"),
         ({"format_version": 1, "methods": ["low_rank"]}, "config.efx has the entry 'low_rank'; expected"),
-        ({"format_version": 1, "methods": [{"method": "low_rank"}]}, "config.efx has the entry {'method': 'low_rank'}"),
+        ({"format_version": 1, "methods": [{"method": "low_rank"}]}, "has the entry {'method': 'low_rank'}"),
         ({"format_version": 1, "methods": [{"method": "low_rank", "modules": []}]}, "config.efx has the entry"),
         ({"format_version": 1, "methods": [{"modules": {}}]}, "config.efx has the entry"),
         ({"format_version": 1, "methods": [ENTRY | {"later": 1}]}, "unknown key 'later' in its 'low_rank' entry"),
@@ -86,7 +86,7 @@ def test_broken_records_are_refused(record: object, words: str) -> None:
 
 
 def test_entries_of_another_version_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"method 'low_rnk', which this hf_efx doesn't have \(it has: low_rank"):
+    with pytest.raises(ValueError, match=r"method 'low_rnk'.*\(it has: low_rank"):
         config_class("low_rnk")
     with pytest.raises(ValueError, match=r"unknown key 'colour' \(value 'red'\). Known keys: .*rank.*upgrade hf_efx"):
         entry_config({"method": "low_rank", "config": {"colour": "red"}})

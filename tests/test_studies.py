@@ -1,0 +1,74 @@
+"""The studies and benchmarks: their arithmetic on hand-worked numbers, and (slow) a smoke run of each program."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def load(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, SCRIPTS / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gap_closed():
+    study = load("reproduce/low_rank.py")
+    rows = {
+        (f"{name} (short)", seed): {"perplexity": value}
+        for name, values in {"he": (14, 20), "dense": (10, 10), "spectral": (12, 17.5)}.items()
+        for seed, value in enumerate(values)
+    }
+    assert study.gap_closed(rows, "spectral", "short", [0, 1]) == [0.5, 0.25]  # 2 of 4, 2.5 of 10
+
+
+def test_time_floor():
+    timing = load("benchmarks/step_time.py")
+    # 3/4 of the reference's time is products; half of their FLOPs leave 1/4 + 3/8.
+    assert timing.time_floor(0.75, 0.5) == 0.625
+
+
+def test_training_flops_count_attention_and_come_back_to_the_fast_form():
+    timing = load("benchmarks/step_time.py")
+    width, length, vocabulary = 8, 4, 16
+    config = GPT2Config(
+        n_layer=1, n_embd=width, n_head=2, vocab_size=vocabulary, n_positions=length, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(config).train()
+    model.loss_type = "ForCausalLM"
+    ids = torch.zeros(1, length, dtype=torch.long)
+    flops = timing.training_flops(model, lambda: model(input_ids=ids, labels=ids).loss.backward())
+    weights = 12 * width**2 + width * vocabulary
+    attention = 2 * length**2 * width  # scores and weighted values
+    # A forward is 2 FLOPs a weight and token; a backward twice that.
+    assert flops == 3 * 2 * (weights * length + attention)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_side_by_side_calls_each_in_every_round():
+    timing = load("benchmarks/step_time.py")
+    calls = []
+    times = timing.side_by_side({name: lambda name=name: calls.append(name) for name in "abc"}, 2, "cpu")
+    assert calls == ["a", "b", "c", "a", "b", "c", "b", "c", "a"]  # a warm-up, then each round starts one later
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["reproduce/low_rank.py", "benchmarks/low_rank.py"])
+def test_smoke_run(program, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}
+    subprocess.run([sys.executable, SCRIPTS / program, "--quick"], cwd=tmp_path, env=env, check=True)
+    results = json.loads(next(tmp_path.glob("runs/*/low_rank.json")).read_text())
+    assert results["rows"] and results["claims"]
+    assert (next(tmp_path.glob("runs/*")) / results["plot"]).stat().st_size > 10_000
