@@ -44,8 +44,7 @@ def get_efx_model(
 
     Raises:
         ValueError: If a config can't be carried out on this model (the reason and the way out are named). Everything
-        is
-            checked first: the model is unchanged then.
+            is checked first: the model is unchanged then.
     """
     if configs is None:
         record = efx_record(model)
@@ -85,8 +84,7 @@ def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool
         model: The dense model, on any device, meta included. Modules that are rebuilt already stay as they are.
         record: As returned by `efx_record`.
         initialise: Start the rebuilt parameters from the weights that are there, as the configs say. False leaves
-        their
-            values for a checkpoint to fill.
+            their values for a checkpoint to fill.
 
     Raises:
         ValueError: If the record is malformed, newer than this version, or names modules that the model lacks.
@@ -127,8 +125,7 @@ def merge_and_unload(model: ModelT) -> ModelT:
 
     Raises:
         ValueError: If a peft adapter is still on the model, or a method can't be merged (the reason is named). The
-        model
-            is unchanged then.
+            model is unchanged then.
     """
     _refuse_foreign(model)
     record = efx_record(model)

@@ -73,7 +73,7 @@ class LowRankArgumentsMixin:
             raise ValueError(
                 f"switch_learning_rate_scale={self.switch_learning_rate_scale}: expected a number above 0."
             )
-        if self.factor_decay < 0:
+        if not self.factor_decay >= 0:
             raise ValueError(f"factor_decay={self.factor_decay}: expected a strength of 0 or more.")
         if self.factor_decay_kind not in FACTOR_DECAYS:
             raise ValueError(

@@ -32,7 +32,7 @@ class LowRankConfig(EfxMethodConfig):
     method: ClassVar[str] = "low_rank"
     changes_skeleton: ClassVar[bool] = True
 
-    # The paper's GPT-2 share 0.62 adds parameters to square projections; 0.25 is the share of this package's studies.
+    # The share of this package's study; above 0.5 square layers would grow.
     rank: float | int | str = field(
         default=0.25,
         metadata={
@@ -52,7 +52,7 @@ class LowRankConfig(EfxMethodConfig):
         default_factory=dict,
         metadata={"help": "Ranks for modules whose name matches a pattern (regular expression), before `rank`."},
     )
-    # "spectral" is the paper's baseline for its own form, and closed the most of the gap in our short runs at scale 1.
+    # The best start in this package's study among those that need no choice of scale.
     init: str = field(
         default="spectral",
         metadata={
@@ -137,8 +137,7 @@ class LowRankConfig(EfxMethodConfig):
 
         Raises:
             ValueError: For an int rank above min(in, out), rank='auto' on random weights or with too small a budget,
-            or
-                a weight with NaN or infinite values, which has no SVD.
+                or a weight with NaN or infinite values, which has no SVD.
         """
         if pretrained:
             self.check_pretrained()

@@ -1,8 +1,7 @@
 """How the factors of W ≈ U Vᵀ start, as pure functions of a matrix W [m, n] and a rank r.
 
 Spectral initialisation: Khodak et al. 2021, "Initialization and Regularization of Factorized Neural Layers", arXiv
-2105.01029. Spectral ones: Kamalakara et al. 2022, arXiv 2209.13569, which finds that the direction of the singular
-vectors matters rather than the singular values.
+2105.01029. Spectral ones, the singular vectors alone: Kamalakara et al. 2022, arXiv 2209.13569.
 """
 
 import math

@@ -172,8 +172,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             temporary.rename(staged)
             logger.info("Factorised at step %d:\n%s", _step(checkpoint), low_rank_report(model))
         self.accelerator.wait_for_everyone()
-        # The old optimizer, scheduler and wrapper hold parameters that are gone (under DDP with hooks on those that
-        # stay).
+        # The old optimizer, scheduler and wrapper hold parameters that are gone, and DDP's hooks on those that stay.
         self.optimizer = self.lr_scheduler = None  # pyright: ignore[reportAttributeAccessIssue]
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.model_wrapped = self.callback_handler.model = model
@@ -269,7 +268,8 @@ class DenseWarmupCallback(TrainerCallback):
         for group in optimizer.param_groups:
             group["lr"] *= scale
         scheduler = getattr(scheduler, "scheduler", scheduler)
-        scheduler.base_lrs = [rate * scale for rate in scheduler.base_lrs]
+        for key in ("base_lrs", "_last_lr"):  # the latter is what the Trainer logs
+            setattr(scheduler, key, [rate * scale for rate in getattr(scheduler, key)])
 
 
 class _StopAt(TrainerCallback):

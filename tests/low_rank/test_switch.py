@@ -110,7 +110,8 @@ def test_whole_state_dict_by_hand() -> None:
             {"lr": 7.0, "weight_decay": 0.0, "betas": (0.5, 0.5), "params": [0, 1, 2, 3]},
         ],
     }
-    arguments = (dense, [["fc.weight"], ["fc.bias", "norm"]], fresh, [[], ["fc.bias", "fc.weight", "fc.factor_v", "norm"]])
+    names = [["fc.weight"], ["fc.bias", "norm"]], [[], ["fc.bias", "fc.weight", "fc.factor_v", "norm"]]
+    arguments = (dense, names[0], fresh, names[1])
     layers: dict[str, FactorisedLayer] = {"fc": layer}
     got = convert_optimizer_state(*arguments, layers, mode="project", learning_rate_scale=0.5)
     assert got["param_groups"] == [
