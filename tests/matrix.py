@@ -70,13 +70,15 @@ class Row:
         config: A function that makes the method's config, with the fields that it is given.
         changes_skeleton: Whether checkpoints need hf_efx.
         peft_door: Whether `peft.get_peft_model` takes the config.
+        full_size: Fields with which layers are as large as dense ones, where checkpoints need hf_efx.
     """
 
     method: str
     architecture: Architecture
     config: Callable[..., EfxMethodConfig]
-    changes_skeleton: bool = field(default=True)
-    peft_door: bool = field(default=True)
+    changes_skeleton: bool
+    peft_door: bool
+    full_size: dict[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -231,7 +233,12 @@ ARCHITECTURES = (
 
 # A method's config and what Row says of it. Ranks are low enough for every layer of every architecture to get smaller.
 METHOD_ROWS: dict[str, dict[str, Any]] = {
-    "low_rank": {"config": lambda **fields: hf_efx.LowRankConfig(**{"rank": 0.25, **fields})},
+    "low_rank": {
+        "config": lambda **fields: hf_efx.LowRankConfig(**{"rank": 0.25, **fields}),
+        "changes_skeleton": True,
+        "peft_door": True,
+        "full_size": {"rank": 1.0, "only_if_smaller": False},
+    },
 }
 
 ROWS = [Row(method, architecture, **row) for method, row in METHOD_ROWS.items() for architecture in ARCHITECTURES]

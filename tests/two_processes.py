@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -26,11 +27,11 @@ STEPS, BATCH = 3, 4
 SWITCH_STEPS, SWITCH_AT, KILL_AT = 8, 4, 6
 
 
-def model_and_optimizer(row: Row) -> tuple[Any, torch.optim.Optimizer]:
+def model_and_optimizer(row: Row, door: str = "memory") -> tuple[Any, torch.optim.Optimizer]:
     """The row's model in float64, and its optimiser. Batch norm keeps its averages: half a batch has others."""
-    model = row.build().double()
-    model.train(row.architecture.name != "resnet")
-    return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model: Any = peft.get_peft_model(row.architecture.build(), row.config()) if door == "peft" else row.build()
+    model = model.double().train(row.architecture.name != "resnet")
+    return model, torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.05, momentum=0.9)
 
 
 def batch(row: Row, step: int, part: slice = slice(None)) -> dict[str, torch.Tensor]:
@@ -52,12 +53,12 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def difference(model: Any, row: Row) -> float:
+def difference(model: Any, row: Row, door: str = "memory") -> float:
     """Largest relative difference of the parameters from those of one process that saw the whole batches."""
-    single, optimizer = model_and_optimizer(row)
+    single, optimizer = model_and_optimizer(row, door)
     train(row, single, optimizer, slice(None), torch.Tensor.backward)
     pairs = zip(model.parameters(), single.parameters(), strict=True)
-    return max(((whole(p.detach()) - q).norm() / q.norm()).item() for p, q in pairs)
+    return max(((whole(p.detach()) - q).norm() / (q.norm() + 1e-12)).item() for p, q in pairs)
 
 
 def largest(value: float) -> float:
@@ -74,11 +75,11 @@ def apart_difference(row: Row, part: slice) -> float:
     return largest(difference(model, row))
 
 
-def ddp_difference(row: Row, accelerator: Accelerator, part: slice) -> float:
+def ddp_difference(row: Row, accelerator: Accelerator, part: slice, door: str = "memory") -> float:
     """The difference after training under DistributedDataParallel."""
-    model, optimizer = accelerator.prepare(*model_and_optimizer(row))
+    model, optimizer = accelerator.prepare(*model_and_optimizer(row, door))
     train(row, model, optimizer, part, accelerator.backward)
-    return largest(difference(accelerator.unwrap_model(model), row))
+    return largest(difference(accelerator.unwrap_model(model), row, door))
 
 
 def fsdp_difference(row: Row, part: slice) -> float:
@@ -119,7 +120,6 @@ def switch_trainer(folder: Path, **options: Any) -> LowRankTrainer:
     arguments = LowRankArguments(
         str(folder),
         max_steps=SWITCH_STEPS,
-        dense_warmup_steps=SWITCH_AT,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
         weight_decay=0.1,
@@ -129,7 +129,7 @@ def switch_trainer(folder: Path, **options: Any) -> LowRankTrainer:
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        **options,
+        **{"dense_warmup_steps": SWITCH_AT, **options},
     )
     data = row.architecture.batch(32)
     examples = [{name: values[i] for name, values in data.items()} for i in range(32)]
@@ -140,6 +140,13 @@ def switch_trainer(folder: Path, **options: Any) -> LowRankTrainer:
 def losses(trainer: LowRankTrainer) -> list[float]:
     """The run's losses, step by step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def from_start_losses(folder: Path) -> list[float]:
+    """The losses of the run without its dense part."""
+    run = switch_trainer(folder / "from_start", dense_warmup_steps=0)
+    run.train()
+    return losses(run)
 
 
 def switch_results(folder: Path) -> dict[str, Any]:
@@ -176,8 +183,10 @@ def main(folder: Path) -> None:
         "distributed_type": str(accelerator.distributed_type),
         "apart": {row.id: apart_difference(row, part) for row in ROWS},
         "ddp": {row.id: ddp_difference(row, accelerator, part) for row in ROWS},
+        "peft": {row.id: ddp_difference(row, accelerator, part, "peft") for row in ROWS if row.peft_door},
         "fsdp": {row.id: fsdp_difference(row, part) for row in ROWS},
         "fsdp_decay": fsdp_decay_difference(next(row for row in ROWS if row.method == "low_rank")),
+        "from_start": from_start_losses(folder),
         "switch": switch_results(folder),
     }
     if accelerator.is_main_process:

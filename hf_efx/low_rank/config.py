@@ -175,6 +175,8 @@ class LowRankConfig(EfxMethodConfig):
         spec: dict[str, Any] = {"rank": rank, "shape": [view.out_dim, view.in_dim]}
         if view.blocks > 1:
             spec["blocks"] = view.blocks
+        if isinstance(view.module, nn.Conv2d):
+            spec["convolution"] = True
         return spec
 
     def _given_ranks(self, views: dict[str, WeightView]) -> dict[str, int]:
@@ -248,7 +250,7 @@ class LowRankConfig(EfxMethodConfig):
         for name, spec in plan.items():
             _check_spec(name, spec)
             out_dim, in_dim = spec["shape"]
-            result[f"{name}.weight"] = [1, out_dim, spec["rank"]]
+            result[f"{name}.weight"] = [1, out_dim, spec["rank"], *([1] if spec.get("convolution") else [])]
             result[f"{name}.factor_v"] = [spec.get("blocks", 1) * spec["rank"], in_dim]
         return result
 
@@ -275,7 +277,7 @@ def _refuse_without_spectrum(views: dict[str, WeightView]) -> None:
 def _check_spec(name: str, spec: Any) -> None:
     """Checks what a checkpoint says of one module's structure."""
     keys = set(spec) if isinstance(spec, dict) else set()
-    unknown = sorted(keys - {"rank", "shape", "blocks"})
+    unknown = sorted(keys - {"rank", "shape", "blocks", "convolution"})
     if unknown or not {"rank", "shape"} <= keys:
         raise ValueError(
             f"config.efx says {spec!r} of module {name!r}; expected rank, shape and, if fused, blocks"

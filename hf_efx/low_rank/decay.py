@@ -35,7 +35,7 @@ def decay_gradients(module: FactorisedLayer, kind: str) -> tuple[torch.Tensor, t
     if kind == "l2":
         return weight.clone(), factor_v.clone()
     pairs = [frobenius_decay_gradients(u.detach(), v.detach()) for u, v in module.factor_pairs()]
-    return torch.cat([g for g, _ in pairs]).unsqueeze(0), torch.cat([g.mT for _, g in pairs])
+    return torch.cat([g for g, _ in pairs]).view_as(weight), torch.cat([g.mT for _, g in pairs])
 
 
 class FactorDecayCallback(TrainerCallback):

@@ -21,7 +21,8 @@ class FactorisedLayer(nn.Module):
     """What FactorisedLinear and FactorisedConv2d share.
 
     Attributes:
-        weight: U, [1, out, r], the rows of all blocks on top of each other.
+        weight: U, [1, out, r], the rows of all blocks on top of each other; [1, out, r, 1] in a convolution, where
+            peft asks for four dimensions.
         factor_v: Vᵀ, [blocks * r, in]; for a convolution `in` is channels * kernel height * kernel width.
         rank: r, of one block.
         blocks: Number of stacked projections, each with factors of its own.
@@ -38,7 +39,7 @@ class FactorisedLayer(nn.Module):
 
     def factor_pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """U [out / blocks, r] and V [in, r] of each block, as views of the parameters."""
-        us = self.weight[0].chunk(self.blocks)
+        us = self.weight[0].flatten(1).chunk(self.blocks)
         vs = self.factor_v.chunk(self.blocks)
         return [(u, v.mT) for u, v in zip(us, vs, strict=True)]
 
@@ -50,7 +51,7 @@ class FactorisedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, rank and blocks, for printing the model."""
-        _, out_dim, rank = self.weight.shape
+        out_dim, rank = self.weight.shape[1:3]
         text = f"in={self.factor_v.shape[1]}, out={out_dim}, rank={rank}, bias={self.bias is not None}"
         text += f", blocks={self.blocks}" if self.blocks > 1 else ""
         return text + (f", factor_activation={self.factor_activation}" if self.factor_activation else "")
@@ -76,13 +77,20 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
 class FactorisedConv2d(FactorisedLayer, nn.Conv2d):
     """Factorised Conv2d: r filters of the full kernel size, then a 1x1 convolution to the output channels."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Makes a dense convolution where arguments are given: peft builds a LoRA's own as `type(base_layer)(...)`.
+
+        Factorised ones come from `factorise`, copies of them (without arguments) too.
+        """
+        return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns the convolution by V, then by U, plus b: [B, in, H, W] -> [B, out, H', W']."""
         filters = self.factor_v.view(-1, self.in_channels, *self.kernel_size)
         hidden = self._conv_forward(input, filters, None)
         if self.factor_activation:
             hidden = ACT2FN[self.factor_activation](hidden)
-        return F.conv2d(hidden, self.weight.view(*self.weight.shape[1:], 1, 1), self.bias)
+        return F.conv2d(hidden, self.weight.view(*self.weight.shape[1:3], 1, 1), self.bias)
 
 
 _DENSE_CLASSES: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1D": Conv1D, "Conv2d": nn.Conv2d}
@@ -115,6 +123,7 @@ def factorise(
     with hook_kept(module):
         del module.weight
         swap_class(module, FactorisedConv2d if isinstance(module, nn.Conv2d) else FactorisedLinear)
+        u = u.unsqueeze(-1) if isinstance(module, nn.Conv2d) else u
         module.weight = nn.Parameter(u, requires_grad=dense.requires_grad)
         module.factor_v = nn.Parameter(v, requires_grad=dense.requires_grad)
         attributes: dict[str, Any] = {

@@ -60,7 +60,8 @@ def factor_states(dense: State, layer: FactorisedLayer, mode: str) -> tuple[Stat
     for key, value in dense.items():
         if key in LINEAR_MOMENTS or key in SQUARED_MOMENTS:
             matrix = value.mT if layer.dense_class == "Conv1D" else value.reshape(value.shape[0], -1)
-            state_u[key], state_v[key] = project_moment(matrix, factors, key in SQUARED_MOMENTS)
+            moment_u, state_v[key] = project_moment(matrix, factors, key in SQUARED_MOMENTS)
+            state_u[key] = moment_u.view_as(layer.weight)
         elif not torch.is_tensor(value) or value.numel() == 1:
             state_u[key], state_v[key] = (value.clone(), value.clone()) if torch.is_tensor(value) else (value, value)
         else:
