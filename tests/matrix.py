@@ -1,4 +1,5 @@
-"""The common test matrix: one row for each method and architecture. tests/test_matrix.py runs every test on every row.
+"""The common test matrix: one row for each method and architecture. tests/test_matrix.py and
+tests/test_matrix_processes.py run every test on every row.
 
 A new method joins with one line in `METHOD_ROWS`; a new architecture with one `Architecture`. Models are built from
 configs, tiny and without dropout, so that a test can ask for equal numbers.
@@ -98,6 +99,17 @@ def perturb(model: nn.Module, scale: float = 0.02) -> Any:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=scale)
     return model
+
+
+@torch.no_grad()
+def logits(model: Any, row: Row) -> torch.Tensor:
+    """What the model, put into evaluation mode, makes of the row's batch."""
+    return model.eval()(**cast(row, next(model.parameters()).dtype)).logits
+
+
+def cast(row: Row, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The row's batch, its floating-point values in that dtype."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in row.architecture.batch().items()}
 
 
 def _tokens(size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Everything that tests/test_matrix.py asks of two processes, in one launch.
+"""Everything that tests/test_matrix_processes.py asks of two processes, in one launch.
 
     accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \\
         tests/two_processes.py FOLDER

@@ -34,6 +34,7 @@ from hf_efx.low_rank.causal_lm import (
     DataOptions,
     ModelOptions,
     causal_lm_trainer,
+    checkpoint_config,
     checkpoint_model,
     load_corpus,
     scratch_model,
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if program.plot:
             matplotlib_pyplot()
+        if model_options.model_name_or_path:  # a wrong name shows before the text is read
+            checkpoint_config(model_options.model_name_or_path)
         with args.main_process_first(desc="loading the text"):
             corpus = load_corpus(data_options, model_options.model_name_or_path)
         config = config if program.method == "low_rank" else None
@@ -144,7 +147,10 @@ def _write(
     )
     if card:
         model: Any = trainer.model
-        write_causal_lm_card(folder, model, corpus, figures, training, plot=PLOT if program.plot else None)
+        parts: dict[str, Any] = {"plot": PLOT if program.plot else None}
+        if args.push_to_hub:
+            parts |= {"repo_id": trainer.hub_model_id, "model_name": str(trainer.hub_model_id).rpartition("/")[2]}
+        write_causal_lm_card(folder, model, corpus, figures, training, **parts)
     print(
         f"validation: perplexity {figures['eval_perplexity']:.4g} per token, {figures['eval_bits_per_byte']:.4g} bits "
         f"per byte\nparameters: {figures['parameters']:,} (dense: {figures['dense_parameters']:,})\n"
@@ -163,7 +169,7 @@ def write_causal_lm_card(
     """Writes the card of a trained model, with perplexity and bits per byte in `model-index`.
 
     Args:
-        folder: Of the checkpoint; its name is the model's.
+        folder: Of the checkpoint; its name is the model's, unless `model_name` says otherwise.
         model: The model.
         corpus: What it was trained and evaluated on.
         figures: As `train_causal_lm` returns them.
@@ -194,7 +200,6 @@ def write_causal_lm_card(
     )
     return write_model_card(
         folder,
-        model_name=folder.resolve().name,
         methods=methods,
         results=results,
         needs_hf_efx=bool(methods),
@@ -202,7 +207,12 @@ def write_causal_lm_card(
         training=training,
         citations=[METHODS[name].citation for name in methods],
         pipeline_tag="text-generation",
-        **{"description": description, **parts},
+        **{
+            "model_name": folder.resolve().name,
+            "repo_id": None if folder.is_absolute() else folder.as_posix(),
+            "description": description,
+            **parts,
+        },
     )
 
 

@@ -181,6 +181,27 @@ def test_config_json_is_as_documented(checkpoint: Path) -> None:
     assert all(f"{name}.{part}" in names for name in entry(config)["modules"] for part in ("weight", "factor_v"))
 
 
+def test_version_1_written_by_hand_loads(dense: Path, tmp_path: Path) -> None:
+    """The format as docs/checkpoints.md has it, without a line of ours in the writing: it must go on to load."""
+    torch.manual_seed(0)
+    u, v = torch.randn(1, 96, 2), torch.randn(6, 32)  # three blocks [32, 32] of rank 2
+    tensors = load_file(dense / "model.safetensors")
+    name = "transformer.h.0.attn.c_attn"
+    blocks = [u[0, 32 * i : 32 * (i + 1)] @ v[2 * i : 2 * (i + 1)] for i in range(3)]
+    product = torch.cat(blocks).mT.contiguous()  # Conv1D stores [in, out]
+    shutil.copytree(dense, tmp_path, dirs_exist_ok=True)
+    tensors |= {f"{name}.weight": u, f"{name}.factor_v": v}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    modules = {name: {"rank": 2, "shape": [96, 32], "blocks": 3}}
+    record = {"format_version": 1, "methods": [{"method": "low_rank", "config": {"rank": 2}, "modules": modules}]}
+    edit_config(tmp_path, lambda c: c.update(efx=record, quantization_config={"quant_method": "hf_efx"}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(dense)
+    with torch.no_grad():
+        expected.transformer.h[0].attn.c_attn.weight.copy_(product)
+        torch.testing.assert_close(model(**GPT2.batch()).logits, expected(**GPT2.batch()).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_the_quantizer_takes_itself_off(checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):

@@ -200,6 +200,29 @@ def test_meta_layers_change_structure_alone() -> None:
     assert type(module) is Conv1D and module.weight.is_meta and module.weight.shape == (8, 24)
 
 
+def test_channels_last_changes_nothing() -> None:
+    module, blocks, x = make("conv2d strided, padded, dilated")
+    factorised(module, blocks, 2)
+    expected = module(x)
+    module.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(module(x.to(memory_format=torch.channels_last)), expected, rtol=0, atol=1e-10)
+    densify(module)
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["linear", "fused qkv", "conv2d"])
+def test_autocast_computes_in_half_precision(case: str) -> None:
+    module, blocks, x = make(case, torch.float32)
+    factorised(module, blocks, 4)
+    expected = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(x)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
+    got.float().sum().backward()
+    assert module.weight.grad.dtype == module.factor_v.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merging_half_precision_rounds_once(dtype: torch.dtype) -> None:
     module, blocks, _ = make("linear")

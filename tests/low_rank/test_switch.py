@@ -106,7 +106,7 @@ def test_whole_state_dict_by_hand() -> None:
     fresh = {
         "state": {},
         "param_groups": [
-            {"lr": 7.0, "weight_decay": 0.3, "betas": (0.5, 0.5), "params": []},
+            {"lr": 7.0, "weight_decay": 0.2, "betas": (0.5, 0.5), "params": []},
             {"lr": 7.0, "weight_decay": 0.0, "betas": (0.5, 0.5), "params": [0, 1, 2, 3]},
         ],
     }
@@ -115,7 +115,7 @@ def test_whole_state_dict_by_hand() -> None:
     layers: dict[str, FactorisedLayer] = {"fc": layer}
     got = convert_optimizer_state(*arguments, layers, mode="project", learning_rate_scale=0.5)
     assert got["param_groups"] == [
-        {"lr": 0.05, "initial_lr": 0.2, "weight_decay": 0.3, "betas": (0.9, 0.99), "params": []},
+        {"lr": 0.05, "initial_lr": 0.2, "weight_decay": 0.2, "betas": (0.9, 0.99), "params": []},
         {"lr": 0.05, "initial_lr": 0.2, "weight_decay": 0.0, "betas": (0.9, 0.99), "params": [0, 1, 2, 3]},
     ]
     assert got["state"][0] is bias_state and got["state"][3] is norm_state

@@ -1,4 +1,4 @@
-"""The switch from dense to factorised inside a run. Two processes: tests/test_matrix.py; decay: test_decay.py."""
+"""The switch from dense to factorised inside a run. Decay: test_decay.py; two processes: test_matrix_processes.py."""
 
 import copy
 from collections.abc import Callable
