@@ -269,7 +269,7 @@ def check(folder: Path) -> None:
     if not difference <= 1e-5 * kept["logits"].abs().max().item():
         sys.exit("The loaded model isn't the one that was saved.")
     set_seed(0)
-    for prompt in ("The ", "Return a ", "If the "):
+    for prompt in ("The", "Return a", "If the"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         room = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.7, "pad_token_id": tokenizer.eos_token_id}
         written = model.generate(ids, attention_mask=torch.ones_like(ids), **room)[0]

@@ -4,9 +4,8 @@ A checkpoint's `config.json` holds it under `efx`:
 
     {"format_version": 1, "methods": [{"method": "low_rank", "config": {...}, "modules": {"h.0.attn.c_attn": {...}}}]}
 
-`config` are the user's settings, `modules` the structure they led to. Loading reads `modules` alone, so that a
-checkpoint outlives changes in how targets and ranks are chosen. What the version promises stands in
-docs/checkpoints.md.
+`config` are the user's settings, `modules` the structure they led to. Loading takes targets and ranks from `modules`,
+so that a checkpoint outlives changes in how they are chosen. What the version promises stands in docs/checkpoints.md.
 
 This file must not import peft: transformers' loading imports it.
 """

@@ -136,6 +136,7 @@ def factorise(
             attributes |= {"in_features": in_dim, "out_features": out_dim}
         for name, value in attributes.items():
             setattr(module, name, value)
+        _put_bias_last(module)
 
 
 def densify(module: nn.Module) -> None:
@@ -168,3 +169,9 @@ def densify(module: nn.Module) -> None:
         del module.dense_class
         swap_class(module, dense_class)
         module.weight = nn.Parameter(matrix, requires_grad=factor.requires_grad)
+        _put_bias_last(module)
+
+
+def _put_bias_last(module: nn.Module) -> None:
+    """Keeps the usual order of parameters, which optimiser states go by."""
+    module._parameters["bias"] = module._parameters.pop("bias")

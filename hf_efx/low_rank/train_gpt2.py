@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OptionParser(options, LowRankConfig, "hf-efx low-rank", (__doc__ or "").splitlines()[0])
     on_gpu = torch.accelerator.is_available()
     parser.set_defaults(output_dir="runs/low_rank", logging_steps=20, dataloader_pin_memory=on_gpu)
+    parser.set_defaults(ddp_find_unused_parameters=False)  # a language model uses all of them at each step
     model_options, data_options, program, args, config = parser.read(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("hf_efx").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write(trainer, corpus, data_options, program, figures, argv, keep_card)
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()  # the first process wrote meanwhile; groups end together
     trainer.end()
     return 0
 
@@ -248,12 +250,13 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
     """
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, history in histories.items():
+    for i, (name, history) in enumerate(histories.items()):
         train = [(row["step"], row["loss"]) for row in history if "loss" in row]
         held_out = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
         line = axes.plot(*zip(*train, strict=True), alpha=0.5, linewidth=1)[0] if train else None
         colour = line.get_color() if line else None
-        axes.plot(*zip(*held_out, strict=True), "o-", color=colour, linewidth=1.5, markersize=4, label=name)
+        style = ("-", "--", ":", "-.")[i % 4]  # runs that lie on each other are both seen
+        axes.plot(*zip(*held_out, strict=True), style, marker="o", color=colour, markersize=4, label=name)
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
     axes.set_title("thin: training, dots: validation", fontsize=10, loc="left")
     axes.grid(alpha=0.3)

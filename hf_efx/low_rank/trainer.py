@@ -60,7 +60,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         self.warmup_steps_dense: int = options.dense_warmup_steps
         if self.warmup_steps_dense:
             self._check_switch()
-        else:
+        elif self.model_init is None:  # else call_model_init has done so
             self._factorise_new(self.model)  # pyright: ignore[reportArgumentType]
         if options.factor_decay:
             self.add_callback(
@@ -77,8 +77,12 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         return model
 
     def _factorise_new(self, model: nn.Module) -> None:
-        if self.low_rank_config is not None and efx_record(model) is None:
-            get_efx_model(model, self.low_rank_config)
+        if self.low_rank_config is None:
+            return
+        if efx_record(model) is not None:
+            logger.warning("The model is factorised already: low_rank_config has no effect.")
+            return
+        get_efx_model(model, self.low_rank_config)
 
     def _check_switch(self) -> None:
         where = f"dense_warmup_steps={self.warmup_steps_dense}"

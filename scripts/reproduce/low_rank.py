@@ -14,6 +14,7 @@ import argparse
 import math
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -276,7 +277,7 @@ def plot(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], path: Path) ->
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(1.25, 0.8, 1.1))
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
     for axis, budget in zip(axes, ("short", "long"), strict=False):
         names = list(dict.fromkeys(r["configuration"] for r in rows if r["configuration"].endswith(f"({budget})")))
         groups = [[r["perplexity"] for r in rows if r["configuration"] == n] for n in names]
@@ -288,7 +289,7 @@ def plot(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], path: Path) ->
         axis.set_yticks(range(len(order)), [names[i].removesuffix(f" ({budget})") for i in order])
         steps = next(r["steps"] for r in rows if r["configuration"] == names[0])
         axis.set_xlabel("validation perplexity per byte")
-        axis.set_title(f"{budget} budget, {steps:,} steps: each seed and the mean")
+        axis.set_title(f"{steps:,} steps: seeds and their mean")
         axis.grid(axis="x", alpha=0.3)
     seen = dict.fromkeys(r["configuration"] for r in rows if r["configuration"].endswith("(long)"))
     for name in [n for n in seen if not n.startswith("look")]:
@@ -298,10 +299,9 @@ def plot(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], path: Path) ->
         axes[2].plot(steps[1:], means[1:], label=name.removesuffix(" (long)"))
     axes[2].set_xlabel("optimiser steps")
     axes[2].set_ylabel("training loss (nats per byte), mean over seeds")
-    axes[2].set_title("long budget")
+    axes[2].set_title(f"{curves[0][-1][0]:,} steps")
     axes[2].legend()
     axes[2].grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
@@ -345,13 +345,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_all(jobs, rows, folder, options.workers)
 
     table = {(r["configuration"], r["seed"]): r for r in rows.rows}
-    closed = gap_closed(table, "spectral", "short", options.seeds)
+    closed = {n: statistics.fmean(gap_closed(table, n, "short", options.seeds)) for n in ("spectral", "warm-up")}
     plot(rows.rows, options.seeds, path.with_suffix(".png"))
     results = write_results(
         path,
         title="Low-rank training of a byte-level GPT-2",
-        headline=f"at rank 0.25 spectral initialisation closes {sum(closed) / len(closed):.0%} of the gap between He "
-        f"and dense at {short} steps",
+        headline=f"at rank 0.25 and {short} steps spectral initialisation closes {closed['spectral']:.0%} of the gap "
+        f"between He and dense, a dense warm-up {closed['warm-up']:.0%}",
         command=public_command(),
         data=data,
         seeds=options.seeds,
@@ -366,7 +366,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
         plot=path.with_suffix(".png").name,
         settings=settings,
-        notes=[f"{n}: {asdict(c)}" for n, c in CONFIGURATIONS.items() if c.arguments or c.warmup_share],
+        notes=[
+            f"{name}: {asdict(c)}"
+            for name, c in (*CONFIGURATIONS.items(), *LOOK.items())
+            if c.arguments or c.warmup_share
+        ],
     )
     print_results(results)
     rows.finish()

@@ -104,7 +104,7 @@ def test_the_dense_twin_is_a_plain_model(train):
 
 def test_optimizer_bytes_and_steps(train):
     _, row = train("--method", "dense")
-    # AdamW: two float32 moments of each parameter and a float32 count of each of the 16 tensors (2 embeddings, 12 of the
+    # AdamW: two float32 moments of each parameter and a float32 count of each of 16 tensors (2 embeddings, 12 of the
     # layer, 2 of the last norm; the head is tied).
     assert row["optimizer_bytes"] == 8 * row["parameters"] + 4 * 16
     assert row["step_seconds"] > 0
