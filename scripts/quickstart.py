@@ -33,6 +33,11 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "spectral ones": {"init": "spectral_ones"},  # singular values 1, as in the paper
     "ones, rms": {"init": "spectral_ones", "spectral_ones_scale": "rms"},  # equal ones of the dense weights' norm
 }
+NOTE = (
+    "One seed, at a size, tokenizer and number of steps that were chosen so that the order of the runs shows within "
+    "minutes: how much of the gap each closes differs a lot between such settings. scripts/reproduce/low_rank.py "
+    "measures it over seeds."
+)
 PLOT, CHECK, RESULTS = "loss.png", "check.safetensors", "results.json"
 
 
@@ -205,6 +210,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     for line in lines:
         shown.add_row(*line)
     Console().print(shown)
+    print(NOTE)
 
 
 def save(
@@ -239,10 +245,11 @@ def save(
         seeds=[seed],
         rows=[{"configuration": name, "seed": seed, **row} for name, row in rows.items()],
         claims=[],
+        notes=[NOTE],
         settings={"rank": RANK, "model": MODEL, **training},
         plot=PLOT,
     )
-    write_causal_lm_card(folder, model, corpus, rows[best], training, comparison=table(rows), plot=PLOT)
+    write_causal_lm_card(folder, model, corpus, rows[best], training, NOTE, comparison=table(rows), plot=PLOT)
 
 
 def check(folder: Path) -> None:

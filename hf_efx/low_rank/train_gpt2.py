@@ -166,6 +166,7 @@ def write_causal_lm_card(
     corpus: Corpus,
     figures: Mapping[str, Any],
     training: Mapping[str, Any],
+    note: str = "",
     **parts: Any,
 ) -> Path:
     """Writes the card of a trained model, with perplexity and bits per byte in `model-index`.
@@ -176,6 +177,7 @@ def write_causal_lm_card(
         corpus: What it was trained and evaluated on.
         figures: As `train_causal_lm` returns them.
         training: Settings to show.
+        note: Further sentences of the description.
         **parts: Further parts of the card, as `write_model_card` takes them.
 
     Returns:
@@ -198,7 +200,7 @@ def write_causal_lm_card(
     kind = ", ".join(METHODS[name].title.lower() for name in methods) or "dense training"
     description = (
         f"A {model.config.model_type} language model of {figures['parameters']:,} parameters "
-        f"({figures['dense_parameters']:,} with dense layers), by {kind}."
+        f"({figures['dense_parameters']:,} with dense layers), by {kind}. {note}".rstrip()
     )
     return write_model_card(
         folder,
