@@ -57,21 +57,39 @@ class FactorisedLayer(nn.Module):
         return text + (f", factor_activation={self.factor_activation}" if self.factor_activation else "")
 
 
+def factorised_linear(
+    x: torch.Tensor, u: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, blocks: int, activation: str | None
+) -> torch.Tensor:
+    """(x V) Uᵀ + b, block by block: x [..., in], u [out, r], v [blocks * r, in] (Vᵀ), bias [out] -> [..., out]."""
+    hidden = F.linear(x, v)
+    if activation:
+        hidden = ACT2FN[activation](hidden)
+    if blocks == 1:
+        return F.linear(hidden, u, bias)
+    biases = (None,) * blocks if bias is None else bias.chunk(blocks)
+    parts = zip(hidden.chunk(blocks, -1), u.chunk(blocks), biases, strict=True)
+    return torch.cat([F.linear(h, w, b) for h, w, b in parts], -1)
+
+
+def factorised_conv2d(
+    conv: nn.Conv2d, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor, activation: str | None
+) -> torch.Tensor:
+    """`conv` with U Vᵀ for its weight: u [out, r], v [r, in * kernel height * kernel width] (Vᵀ)."""
+    hidden = conv._conv_forward(x, v.view(-1, conv.in_channels, *conv.kernel_size), None)
+    if activation:
+        hidden = ACT2FN[activation](hidden)
+    bias = None if conv.bias is None else conv.bias.to(u.dtype)  # an adapter may be wider than its frozen base
+    return F.conv2d(hidden, u[:, :, None, None], bias)
+
+
 class FactorisedLinear(FactorisedLayer, nn.Linear):
     """Factorised Linear or Conv1D: x [..., in] -> [..., out]."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns (x V) Uᵀ + b, block by block."""
-        hidden = F.linear(input, self.factor_v)
-        if self.factor_activation:
-            hidden = ACT2FN[self.factor_activation](hidden)
         # view, not indexing: the backward of an index fills a zero tensor of the whole shape first
         u = self.weight.view(self.weight.shape[1:])
-        if self.blocks == 1:
-            return F.linear(hidden, u, self.bias)
-        biases = (None,) * self.blocks if self.bias is None else self.bias.chunk(self.blocks)
-        parts = zip(hidden.chunk(self.blocks, -1), u.chunk(self.blocks), biases, strict=True)
-        return torch.cat([F.linear(h, w, b) for h, w, b in parts], -1)
+        return factorised_linear(input, u, self.factor_v, self.bias, self.blocks, self.factor_activation)
 
 
 class FactorisedConv2d(FactorisedLayer, nn.Conv2d):
@@ -86,11 +104,8 @@ class FactorisedConv2d(FactorisedLayer, nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns the convolution by V, then by U, plus b: [B, in, H, W] -> [B, out, H', W']."""
-        filters = self.factor_v.view(-1, self.in_channels, *self.kernel_size)
-        hidden = self._conv_forward(input, filters, None)
-        if self.factor_activation:
-            hidden = ACT2FN[self.factor_activation](hidden)
-        return F.conv2d(hidden, self.weight.view(*self.weight.shape[1:3], 1, 1), self.bias)
+        u = self.weight.view(self.weight.shape[1:3])
+        return factorised_conv2d(self, input, u, self.factor_v, self.factor_activation)
 
 
 _DENSE_CLASSES: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1D": Conv1D, "Conv2d": nn.Conv2d}

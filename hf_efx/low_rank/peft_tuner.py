@@ -7,14 +7,13 @@ that save memory.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.activations import ACT2FN
 
 from hf_efx.core.adapter import match_targets
 from hf_efx.core.weight_view import WeightView
 from hf_efx.low_rank.initialisation import initial_factors
+from hf_efx.low_rank.layers import factorised_conv2d, factorised_linear
 
 
 class LowRankAdapterLayer(nn.Module, BaseTunerLayer):
@@ -74,21 +73,11 @@ class LowRankAdapterLayer(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         dtype = x.dtype
         x = self._cast_input_dtype(x, u.dtype)
+        activation, factors = self.low_rank_activation[name], (u.flatten(0, 1), v.flatten(0, 1))
         if isinstance(base, nn.Conv2d):
-            hidden = base._conv_forward(x, v.view(-1, base.in_channels, *base.kernel_size), None)
-        else:
-            hidden = F.linear(x, v.flatten(0, 1))
-        if self.low_rank_activation[name]:
-            hidden = ACT2FN[self.low_rank_activation[name]](hidden)
-        if isinstance(base, nn.Conv2d):
-            result = F.conv2d(hidden, u[0, :, :, None, None])
-            bias = None if base.bias is None else base.bias[:, None, None]
-        else:
-            parts = zip(hidden.chunk(len(u), -1), u, strict=True)
-            result = torch.cat([F.linear(h, w) for h, w in parts], -1)
-            bias = base.bias
-        result = result if bias is None else result + bias
-        return result.to(dtype)
+            return factorised_conv2d(base, x, *factors, activation).to(dtype)
+        bias = None if base.bias is None else base.bias.to(u.dtype)  # peft keeps adapters of a bf16 base in float32
+        return factorised_linear(x, *factors, bias, len(u), activation).to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the product of the factors over the base weight, of which a copy is kept for `unmerge`.

@@ -194,3 +194,13 @@ def test_lora_on_dense_layers_merges_as_ever() -> None:
     model = peft.get_peft_model(GPT2.build(), lora)
     expected = logits(model)
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layer, x", [(nn.Linear(8, 8), torch.ones(2, 8)), (nn.Conv2d(8, 8, 3), torch.ones(2, 8, 4, 4))]
+)
+def test_a_float32_adapter_on_a_bf16_base_with_bias(layer: nn.Module, x: torch.Tensor) -> None:
+    model = nn.Sequential(layer).to(torch.bfloat16)
+    adapted = peft.get_peft_model(model, LowRankConfig(rank=2, target_modules=["0"]))
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    assert adapted(x.to(torch.bfloat16)).dtype == torch.bfloat16
