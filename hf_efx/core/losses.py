@@ -46,22 +46,33 @@ def per_example_loss(
         ValueError: For an unknown task or granularity, shapes that don't belong together, or a label_smoothing that is
             out of range or has no meaning for the task.
     """
-    _check(logits, labels, task, granularity, label_smoothing)
+    check_inputs(logits, labels, task, granularity, label_smoothing)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     labels = labels.to(logits.device)
     if task == "regression":
         error = logits.to(dtype) - labels.reshape(logits.shape).to(dtype)
         loss = error.square().reshape(len(logits), -1).mean(-1)
         return loss, torch.ones_like(loss, dtype=torch.int64)
-    if task == "causal":
-        # Moving the labels one to the left, not the logits to the right: a slice of the logits would be copied.
-        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    labels = aligned_labels(labels, task)
     loss = _cross_entropy(logits, labels, dtype, label_smoothing)
     mask = labels != IGNORE_INDEX
     if granularity == "token":
         return loss, mask
     count = mask.reshape(len(labels), -1).sum(-1)
     return loss.reshape(len(labels), -1).sum(-1) / count.clamp(min=1), count
+
+
+def aligned_labels(labels: torch.Tensor, task: Task) -> torch.Tensor:
+    """Labels such that those at position t belong to the logits at t: a causal model's move one to the left.
+
+    Args:
+        labels: [batch, seq], or [batch] for classification.
+        task: As in `per_example_loss`.
+    """
+    if task != "causal":
+        return labels
+    # Not the logits to the right: a slice of the logits would be copied.
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def _cross_entropy(
@@ -81,7 +92,10 @@ def _cross_entropy(
     return loss
 
 
-def _check(logits: torch.Tensor, labels: torch.Tensor, task: str, granularity: str, label_smoothing: float) -> None:
+def check_inputs(
+    logits: torch.Tensor, labels: torch.Tensor, task: str, granularity: str = "example", label_smoothing: float = 0.0
+) -> None:
+    """Raises the ValueErrors of `per_example_loss`, whose arguments these are."""
     if task not in get_args(Task):
         raise ValueError(f"task={task!r} is unknown; choose one of {', '.join(get_args(Task))}.")
     if granularity not in ("example", "token"):

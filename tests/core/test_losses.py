@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_efx.core.losses import per_example_loss
+from hf_efx.core.losses import aligned_labels, per_example_loss
 
 LN4, LN4_3 = math.log(4), math.log(4 / 3)
 # Logits whose softmax is 1/4 for class 0 and 3/4 for class 1.
@@ -26,6 +26,12 @@ def test_causal_by_hand():
     expected = [[LN4_3, LN4_3, LN4, 0], [0, LN4, 0, 0], [0, 0, 0, 0]]
     torch.testing.assert_close(tokens, torch.tensor(expected, dtype=torch.float64))
     assert mask.tolist() == [[True, True, True, False], [False, True, False, False], [False] * 4]
+
+
+def test_labels_are_aligned_with_the_logits_that_predict_them():
+    labels = torch.tensor([[3, 4, -100, 5]])
+    assert aligned_labels(labels, "causal").tolist() == [[4, -100, 5, -100]]
+    assert aligned_labels(labels, "seq2seq") is labels
 
 
 @pytest.mark.parametrize("task", ["seq2seq", "masked", "token_classification"])
