@@ -148,7 +148,7 @@ def _plan(argv: Sequence[str]) -> int:
         return _fail(f"--method {wanted!r} has no config to plan with; there are {', '.join(known)}.")
 
     from hf_efx.core.command_line import OptionParser
-    from hf_efx.low_rank.causal_lm import ModelOptions
+    from hf_efx.core.model_options import ModelOptions
 
     logging.getLogger("hf_efx").setLevel(logging.ERROR)  # the table says which layers stay dense
     parser = OptionParser((ModelOptions, PlanOptions), _load(method.config), "hf-efx plan", "What a config would do.")
@@ -165,7 +165,7 @@ def _skeleton(options: Any, weights: bool) -> Any:
     import torch
     import transformers
 
-    from hf_efx.low_rank.causal_lm import checkpoint_config, scratch_config
+    from hf_efx.core.model_options import checkpoint_config, scratch_config
 
     name = options.model_name_or_path
     config = checkpoint_config(name) if name else scratch_config(options.model_type, options.config_overrides)

@@ -68,7 +68,7 @@ def job(options: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from hf_efx.low_rank.causal_lm import DataOptions, load_corpus
+    from hf_efx.core.causal_lm import DataOptions, load_corpus
     from hf_efx.low_rank.train_gpt2 import plot_losses
 
     transformers.logging.set_verbosity_error()
@@ -106,7 +106,8 @@ def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = (
     from transformers import PrinterCallback
 
     from hf_efx import LowRankArguments, LowRankConfig
-    from hf_efx.low_rank.causal_lm import ModelOptions, causal_lm_trainer, scratch_model
+    from hf_efx.core.model_options import ModelOptions
+    from hf_efx.low_rank.causal_lm import causal_lm_trainer, scratch_model
 
     factors = RUNS[name]
     config = LowRankConfig(rank=RANK, **factors) if factors else None

@@ -118,6 +118,11 @@ class OptionParser(HfArgumentParser):
         return {f.name: _value(found[f.name], hints[f.name], f.name) for f in self._config_fields if f.name in found}
 
 
+def resume_point(value: str | None) -> str | bool | None:
+    """What `--resume_from_checkpoint` says: "true" is the newest checkpoint, "false" none, else a folder."""
+    return {"true": True, "false": None}.get(str(value).lower(), value)
+
+
 def config_option_fields(config: type) -> list[dataclasses.Field[Any]]:
     """The fields of a method's config that are the method's own, with a help text, not those of every peft config."""
     from peft import PeftConfig

@@ -3,6 +3,7 @@ the language reference behind `help()`. Beside it the split by hash, for any tex
 """
 
 import ast
+import collections
 import hashlib
 import inspect
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 # Shares of the documents held out where a source brings no split of its own.
 VALIDATION_SHARE = TEST_SHARE = 0.03
+REFERENCE = "language reference"
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _COMMENTS = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
@@ -32,31 +34,63 @@ def standard_library_text() -> dict[str, list[str]]:
     Raises:
         FileNotFoundError: If this Python comes without its library's sources.
     """
-    root = Path(sysconfig.get_path("stdlib"))
     splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for _, paragraph in _library_paragraphs():
+        splits[split_of(hash_place(paragraph))].append(paragraph)
+    if not all(splits.values()):
+        raise _no_library()
+    return splits
+
+
+def labelled_library_text(labels: int) -> list[tuple[str, str]]:
+    """The paragraphs of `standard_library_text`, each with the part of the library that it comes from.
+
+    Args:
+        labels: So many parts, those with the most paragraphs: top-level packages and modules (`email`, `asyncio`,
+            `typing`, ...), and the language reference. Which ones they are depends on the Python installation.
+
+    Returns:
+        (part, paragraph) in the order of the sources.
+
+    Raises:
+        FileNotFoundError: If this Python comes without its library's sources.
+    """
+    paragraphs = list(_library_paragraphs())
+    counts = collections.Counter(part for part, _ in paragraphs)
+    if len(counts) < labels:
+        raise _no_library()
+    kept = {part for part, _ in counts.most_common(labels)}
+    return [(part, paragraph) for part, paragraph in paragraphs if part in kept]
+
+
+def _no_library() -> FileNotFoundError:
+    return FileNotFoundError(
+        f"this Python has no library sources with text under {sysconfig.get_path('stdlib')}: name a text file, a "
+        "folder or a Hub data set"
+    )
+
+
+def _library_paragraphs() -> Iterator[tuple[str, str]]:
+    """(part of the library, paragraph) of each paragraph of prose; what occurs twice is its first part's."""
     seen = set()
-    for text in _library_texts(root):
+    for part, text in _library_texts(Path(sysconfig.get_path("stdlib"))):
         for paragraph in re.split(r"\n\s*\n", text):
             paragraph = "\n".join(line.rstrip() for line in paragraph.strip("\n").splitlines())
             if paragraph not in seen and _is_prose(paragraph):
                 seen.add(paragraph)
-                splits[split_of(hash_place(paragraph))].append(paragraph)
-    if not all(splits.values()):
-        raise FileNotFoundError(
-            f"this Python has no library sources with text under {root}: name a text file, a folder or a Hub data set"
-        )
-    return splits
+                yield part, paragraph
 
 
-def _library_texts(root: Path) -> Iterator[str]:
+def _library_texts(root: Path) -> Iterator[tuple[str, str]]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)  # installed packages may be gigabytes: stay out
         for name in sorted(names):
             if name.endswith(".py"):
-                yield from _source_texts(Path(folder, name).read_bytes())
+                part = Path(folder, name).relative_to(root).parts[0].removesuffix(".py")
+                yield from ((part, text) for text in _source_texts(Path(folder, name).read_bytes()))
     from pydoc_data.topics import topics
 
-    yield from topics.values()
+    yield from ((REFERENCE, text) for text in topics.values())
 
 
 def _source_texts(source: bytes) -> Iterator[str]:

@@ -10,7 +10,6 @@
 """
 
 import dataclasses
-import importlib
 import logging
 import re
 import sys
@@ -25,21 +24,14 @@ from transformers import PreTrainedModel
 
 from hf_efx.core.adapter import efx_record
 from hf_efx.core.card import write_model_card
-from hf_efx.core.command_line import OptionParser, config_option_fields
+from hf_efx.core.causal_lm import Corpus, DataOptions, load_corpus
+from hf_efx.core.command_line import OptionParser, config_option_fields, resume_point
 from hf_efx.core.efx_config import entry_config
 from hf_efx.core.evidence import public_command, write_results
+from hf_efx.core.model_options import ModelOptions, checkpoint_config
+from hf_efx.core.plots import matplotlib_pyplot
 from hf_efx.low_rank.arguments import LowRankArguments, LowRankArgumentsMixin
-from hf_efx.low_rank.causal_lm import (
-    Corpus,
-    DataOptions,
-    ModelOptions,
-    causal_lm_trainer,
-    checkpoint_config,
-    checkpoint_model,
-    load_corpus,
-    scratch_model,
-    train_causal_lm,
-)
+from hf_efx.low_rank.causal_lm import causal_lm_trainer, checkpoint_model, scratch_model, train_causal_lm
 from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.trainer import LowRankTrainer
 from hf_efx.registry import METHODS
@@ -89,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = _model(model_options, corpus, args, config)
         keep_card, args.model_card = args.model_card, False  # the card below says more than one written on a push
         trainer = causal_lm_trainer(model, corpus, args, config if args.dense_warmup_steps else None)
-        figures = train_causal_lm(trainer, _resume(args.resume_from_checkpoint))
+        figures = train_causal_lm(trainer, resume_point(args.resume_from_checkpoint))
     except (ValueError, OSError, ImportError) as error:
         if trainer is not None and trainer.state.global_step:  # not the input's fault
             raise
@@ -113,10 +105,6 @@ def _model(
     if options.model_name_or_path:
         return checkpoint_model(options.model_name_or_path, at_start)
     return scratch_model(options, corpus.tokenizer, args.seed, at_start)
-
-
-def _resume(value: str | None) -> str | bool | None:
-    return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
 def _write(
@@ -222,22 +210,6 @@ def write_causal_lm_card(
 
 def _own_fields(config: Any) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in config_option_fields(type(config))}
-
-
-def matplotlib_pyplot() -> Any:
-    """matplotlib's pyplot on the backend that needs no screen.
-
-    Raises:
-        ImportError: If matplotlib isn't installed; it names the extra that installs it.
-    """
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise ImportError(
-            "plot=True needs matplotlib: install it with pip install 'hf_efx[plot]', or pass --plot false."
-        ) from error
-    matplotlib.use("Agg")
-    return importlib.import_module("matplotlib.pyplot")
 
 
 def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from hf_efx import LowRankArguments, LowRankConfig
 from hf_efx.core.adapter import efx_record
+from hf_efx.core.causal_lm import DataOptions, load_corpus, loss_sums, token_metrics
+from hf_efx.core.model_options import ModelOptions
 from hf_efx.core.text_data import TextCollator, load_text
 from hf_efx.low_rank import causal_lm, train_gpt2
-from hf_efx.low_rank.causal_lm import DataOptions, ModelOptions
 from hf_efx.low_rank.train_gpt2 import main
 
 SMALL = "n_layer=1,n_embd=16,n_head=2,n_positions=32,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
@@ -207,7 +208,7 @@ def test_ctrl_c_ends_with_status_130(text, tmp_path, monkeypatch):
 
 
 def test_he_factors_are_not_the_numbers_of_the_dense_weights(text):
-    corpus = causal_lm.load_corpus(DataOptions(str(text), block_size=32))
+    corpus = load_corpus(DataOptions(str(text), block_size=32))
     options = ModelOptions(config_overrides=SMALL)
     dense = causal_lm.scratch_model(options, corpus.tokenizer, 0)
     he = causal_lm.scratch_model(options, corpus.tokenizer, 0, LowRankConfig(rank=0.25, init="he"))
@@ -223,18 +224,18 @@ def test_loss_sums_by_hand():
     # Two tokens of a vocabulary of 4, uniform: log 4 for each predicted token; the padded row predicts one.
     logits = torch.zeros(2, 3, 4)
     labels = torch.tensor([[0, 1, 2], [3, 1, -100]])
-    sums = causal_lm.loss_sums((logits,), labels)
+    sums = loss_sums((logits,), labels)
     torch.testing.assert_close(sums, torch.tensor([[2 * math.log(4), 2.0], [math.log(4), 1.0]]))
     from transformers import EvalPrediction
 
-    found = causal_lm.token_metrics(0.5)(EvalPrediction(sums.numpy(), labels.numpy()))
+    found = token_metrics(0.5)(EvalPrediction(sums.numpy(), labels.numpy()))
     assert found["perplexity"] == pytest.approx(4) and found["bits_per_byte"] == pytest.approx(4)
-    huge = causal_lm.token_metrics(1.0)(EvalPrediction(torch.tensor([[1e6, 1.0]]).numpy(), labels.numpy()))
+    huge = token_metrics(1.0)(EvalPrediction(torch.tensor([[1e6, 1.0]]).numpy(), labels.numpy()))
     assert huge["perplexity"] == math.inf
 
 
 def test_pieces_can_be_called_alone(text, tmp_path):
-    corpus = causal_lm.load_corpus(DataOptions(str(text), block_size=32, max_eval_blocks=3))
+    corpus = load_corpus(DataOptions(str(text), block_size=32, max_eval_blocks=3))
     assert len(corpus.validation) == 3 and corpus.name == "text.txt"
     model = causal_lm.scratch_model(ModelOptions(config_overrides=SMALL), corpus.tokenizer, 0)
     args = LowRankArguments(str(tmp_path), max_steps=2, use_cpu=True, save_strategy="no", dataloader_pin_memory=False)
