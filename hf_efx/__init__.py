@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from hf_efx.core.adapter import default_targets, get_efx_model, merge_and_unload, unload
     from hf_efx.core.arguments import EfxArguments
     from hf_efx.core.efx_config import EfxConfig
+    from hf_efx.core.example_ids import add_example_ids
     from hf_efx.core.peft_bridge import register_peft
     from hf_efx.core.trainer import EfxTrainer, EfxTrainerMixin
+    from hf_efx.goldiprox import (
+        GoldiProxMixin,
+        GoldiProxTrainer,
+        ReplayMixin,
+        ReplayTrainer,
+        SelectionSequence,
+    )
     from hf_efx.low_rank import (
         DenseWarmupCallback,
         FactorDecayCallback,
@@ -26,13 +34,36 @@ if TYPE_CHECKING:
         LowRankTrainer,
         low_rank_report,
     )
+    from hf_efx.rho_loss import (
+        SELECTION_FUNCTIONS,
+        IrreducibleLosses,
+        RHOLossArguments,
+        RHOLossArgumentsMixin,
+        RHOLossMixin,
+        RHOLossTrainer,
+        compute_irreducible_losses,
+        cross_fit_irreducible_losses,
+        load_irreducible_losses,
+        push_irreducible_losses,
+        register_selection_function,
+        save_irreducible_losses,
+        train_irreducible_model,
+    )
 
 _PUBLIC = {
     "hf_efx.core.adapter": ("default_targets", "get_efx_model", "merge_and_unload", "unload"),
     "hf_efx.core.arguments": ("EfxArguments",),
     "hf_efx.core.efx_config": ("EfxConfig",),
+    "hf_efx.core.example_ids": ("add_example_ids",),
     "hf_efx.core.peft_bridge": ("register_peft",),
     "hf_efx.core.trainer": ("EfxTrainer", "EfxTrainerMixin"),
+    "hf_efx.goldiprox": (
+        "GoldiProxMixin",
+        "GoldiProxTrainer",
+        "ReplayMixin",
+        "ReplayTrainer",
+        "SelectionSequence",
+    ),
     "hf_efx.low_rank": (
         "DenseWarmupCallback",
         "FactorDecayCallback",
@@ -40,6 +71,21 @@ _PUBLIC = {
         "LowRankConfig",
         "LowRankTrainer",
         "low_rank_report",
+    ),
+    "hf_efx.rho_loss": (
+        "IrreducibleLosses",
+        "RHOLossArguments",
+        "RHOLossArgumentsMixin",
+        "RHOLossMixin",
+        "RHOLossTrainer",
+        "SELECTION_FUNCTIONS",
+        "compute_irreducible_losses",
+        "cross_fit_irreducible_losses",
+        "load_irreducible_losses",
+        "push_irreducible_losses",
+        "register_selection_function",
+        "save_irreducible_losses",
+        "train_irreducible_model",
     ),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -73,6 +73,11 @@ _ROWS = (
         year=2022,
         arxiv="2206.07137",
         task="choose the examples to train on",
+        options=(
+            "hf_efx.rho_loss.arguments.RHOLossArgumentsMixin",
+            "hf_efx.rho_loss.irreducible_run.IrreducibleOptions",
+        ),
+        program="hf_efx.rho_loss.program.main",
     ),
     Method(
         name="goldiprox",
@@ -82,6 +87,8 @@ _ROWS = (
         year=2021,
         arxiv="2107.02565",
         task="choose a training sequence with a small proxy",
+        options=("hf_efx.rho_loss.arguments.RHOLossArgumentsMixin", "hf_efx.goldiprox.program.SelectOptions"),
+        program="hf_efx.goldiprox.program.main",
     ),
     Method(
         name="npt",

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import EvalResult
@@ -43,7 +43,7 @@ class EfxTrainerMixin(_Base):
             batch.
     """
 
-    extra_columns: ClassVar[tuple[str, ...]] = ()
+    extra_columns: tuple[str, ...] = ()
 
     _resume_from: str | None = None
     _pending_metrics: dict[str, list[float]] | None = None

@@ -1,0 +1,205 @@
+"""ReplayTrainer: trains any model on a selection sequence, in its order, and scores nothing."""
+
+import copy
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
+
+from hf_efx.core.evidence import write_atomically
+from hf_efx.core.example_ids import ID_COLUMN, IdIndex, check_dataset
+from hf_efx.core.trainer import EfxTrainerMixin
+from hf_efx.goldiprox.recording import iterate_steps
+from hf_efx.goldiprox.sequence import SelectionSequence
+from hf_efx.rho_loss.loader import ColumnRows, ExtraColumnsCollator, can_fetch_columns
+
+REPLAY_NAME = "replay.json"  # in a checkpoint: which sequence it is a part of
+
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class ReplayBatchSampler:
+    """Where a sequence's examples lie in a data set, as the micro-batches of step after step.
+
+    A step's ids are dealt out in their order: the first ones to the first micro-batch of the first process, the next
+    ones to that of the second process, and so on; where they don't divide, the first micro-batches have one more.
+
+    Args:
+        sequence: The sequence.
+        index: Finds the positions of ids.
+        parts: Micro-batches of a step over all processes.
+        steps: How many steps of the sequence to take.
+    """
+
+    def __init__(self, sequence: datasets.Dataset, index: IdIndex, parts: int, steps: int) -> None:
+        self.sequence, self.index, self.parts, self.steps = sequence, index, parts, steps
+
+    def __len__(self) -> int:
+        return self.steps * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for steps in iterate_steps(self.sequence.select(range(self.steps))):
+            positions, offsets = self.index.rows(steps.example_ids).tolist(), steps.offsets.tolist()
+            for start, end in itertools.pairwise(offsets):
+                size, larger = divmod(end - start, self.parts)
+                for part in range(self.parts):
+                    stop = start + size + (part < larger)
+                    yield positions[start:stop]
+                    start = stop
+
+
+class ReplayMixin(EfxTrainerMixin, _Base):
+    """Training on a selection sequence, over any Trainer class.
+
+    Each step trains on exactly the examples that the sequence has for it, over however many processes and
+    micro-batches: `per_device_train_batch_size` x `gradient_accumulation_steps` x processes must be the sequence's
+    examples a step. The run is as long as the sequence, or `max_steps` if that is less; `num_train_epochs` isn't read,
+    and the order is the sequence's, whatever the training data's. With the micro-batches of the run that selected,
+    the same initial weights and no randomness in the model, the final weights are the same bits (but for steps that
+    ended an epoch there with fewer micro-batches than `gradient_accumulation_steps`: these are split anew).
+
+    Args:
+        *args: As for the Trainer. `train_dataset` is the data set that was selected from, with its `example_id` column
+            and in any order.
+        sequence: The sequence.
+        raw_dataset: What to compare with the sequence's fingerprint, if `train_dataset` has lost the raw columns that
+            the fingerprint covers, for instance by another tokenizer's `map(..., remove_columns=...)`.
+        **kwargs: As for the Trainer.
+
+    Raises:
+        ValueError: Before any work, if data set or options don't fit the sequence.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sequence: SelectionSequence | None = None,
+        raw_dataset: datasets.Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(sequence, SelectionSequence):
+            raise ValueError(
+                f"sequence={sequence!r}: pass a SelectionSequence, for instance SelectionSequence.from_hub(...)."
+            )
+        self.sequence = sequence
+        self._check_options()
+        self._replayed_steps(self.args)
+        data = check_dataset(self.train_dataset, "train_dataset", ids=True)
+        sequence.verify(data if raw_dataset is None else raw_dataset)
+        self._index = IdIndex(data)
+        for steps in iterate_steps(sequence.dataset):
+            self._index.rows(steps.example_ids)  # raises for one that isn't there
+
+    def _check_options(self) -> None:
+        args, size = self.args, self.sequence.examples_per_step
+        if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise ValueError(
+                f"train_sampling_strategy={args.train_sampling_strategy!r} would change the order, which is the "
+                f"sequence's in a replay: leave it at its default."
+            )
+        if getattr(args, "packing", False):  # trl's
+            raise ValueError(
+                "packing=True puts several examples into one row, which then has no id: set packing=False."
+            )
+        for name in ("auto_find_batch_size", "ignore_data_skip"):
+            if getattr(args, name):
+                raise ValueError(f"{name}=True would break the sequence's steps apart in a replay: leave it False.")
+        config: Any = args.accelerator_config
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"accelerator_config: {name}=True would deal a step's examples out in another way than the "
+                    f"sequence's: leave it unset in a replay."
+                )
+        rows = args.train_batch_size * self._parts
+        if rows != size:
+            raise ValueError(
+                f"per_device_train_batch_size={args.per_device_train_batch_size} x gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps} x {args.world_size} processes x {max(1, args.n_gpu)} devices "
+                f"each is {rows} examples a step, but the sequence has {size}: make the product {size}."
+            )
+        if self.sequence.fewest_examples < self._parts:
+            raise ValueError(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps} x {args.world_size} processes is "
+                f"{self._parts} micro-batches, but the sequence's shortest step has {self.sequence.fewest_examples} "
+                f"examples, and each micro-batch needs one: lower gradient_accumulation_steps, or use fewer processes."
+            )
+
+    @property
+    def _parts(self) -> int:
+        """Micro-batches of a step over all processes."""
+        return self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _replayed_steps(self, args: TrainingArguments) -> int:
+        """The run's length: `max_steps`, or the whole sequence."""
+        if args.max_steps > len(self.sequence):
+            raise ValueError(
+                f"max_steps={args.max_steps}, but the sequence has {len(self.sequence)} steps: lower it, leave it at "
+                f"-1 for the whole sequence, or select a longer one."
+            )
+        return args.max_steps if args.max_steps > 0 else len(self.sequence)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
+        """As the Trainer's, with the sequence as the one epoch."""
+        args = copy.copy(args)  # the user's own may serve another sequence
+        args.max_steps = self._replayed_steps(args)
+        return super().set_initial_training_values(args, dataloader)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The data loader that gives the sequence's steps; as the Trainer's in all else."""
+        args: Any = self.args
+        rows: Any = self._remove_unused_columns(self.train_dataset, description="training")  # pyright: ignore
+        rows = rows.remove_columns(ID_COLUMN) if ID_COLUMN in rows.column_names else rows
+        collator: Any = self.data_collator
+        if can_fetch_columns(rows, collator):
+            rows, collator = ColumnRows(rows), ExtraColumnsCollator(collator, ())
+        sampler: Any = ReplayBatchSampler(
+            self.sequence.dataset, self._index, self._parts, self._replayed_steps(self.args)
+        )
+        loader = DataLoader(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        # Over several processes accelerate gives batch i to process i modulo their number, as the sampler means it.
+        return self.accelerator.prepare(loader)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            write_atomically(folder / REPLAY_NAME, json.dumps({"digest": self.sequence.digest}))
+        super()._save_checkpoint(model, trial)
+
+    def _resume_point(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
+        checkpoint = super()._resume_point(resume)
+        if checkpoint is not None:
+            file = Path(checkpoint, REPLAY_NAME)
+            digest = json.loads(file.read_bytes())["digest"] if file.is_file() else None
+            if digest != self.sequence.digest:
+                raise ValueError(
+                    f"resume_from_checkpoint={checkpoint!r} belongs to "
+                    + (f"a replay of another sequence ({digest})" if digest else "no replay")
+                    + f", but this one's is {self.sequence.digest}: resume with the sequence that the run began with."
+                )
+        return checkpoint
+
+
+class ReplayTrainer(ReplayMixin, Trainer):
+    """`transformers.Trainer` that trains on a selection sequence; see `ReplayMixin`."""

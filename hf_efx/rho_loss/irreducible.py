@@ -1,0 +1,243 @@
+"""Irreducible losses: how hard each example stays for a model that was trained on other data.
+
+"Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt", Mindermann et al. 2022,
+arXiv 2206.07137, section 3: the loss of a model trained on a holdout set stands for the part of an example's loss that
+no training removes. It is computed once, in evaluation mode, and kept as a table by example id.
+"""
+
+import inspect
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from torch import nn
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
+
+from hf_efx.core.losses import Task
+from hf_efx.core.scoring import Precision, Scorer, base_model, infer_task
+from hf_efx.core.tables import (
+    ID_COLUMN,
+    IdIndex,
+    check_dataset,
+    data_fingerprint,
+    settings_of,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+    with_settings,
+)
+from hf_efx.core.text_data import source_name
+from hf_efx.rho_loss.irreducible_table import (
+    KIND,
+    LOSS_COLUMN,
+    Granularity,
+    IrreducibleLosses,
+    load_irreducible_losses,
+    push_irreducible_losses,
+    save_irreducible_losses,
+)
+from hf_efx.rho_loss.shards import Shards, changes, fill_shards, process_rank, wait_for_all
+
+__all__ = [  # with what irreducible_table.py has, whose users are the same
+    "IrreducibleLosses",
+    "compute_irreducible_losses",
+    "load_irreducible_losses",
+    "push_irreducible_losses",
+    "save_irreducible_losses",
+]
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY: list[tempfile.TemporaryDirectory] = []  # tables without an output_dir, until the process ends
+
+
+def compute_irreducible_losses(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    data_collator: Callable[[list[Any]], Any] | None = None,
+    processing_class: Any = None,
+    batch_size: int = 64,
+    task: Task | None = None,
+    granularity: Granularity = "example",
+    label_smoothing: float = 0.0,
+    precision: Precision | None = None,
+    fingerprint_columns: Sequence[str] | None = None,
+    remove_unused_columns: bool = True,
+    output_dir: str | os.PathLike[str] | None = None,
+    save_every: int = 4096,
+    num_workers: int = 0,
+) -> Dataset:
+    """Computes the loss of every example under a model that was trained on other data.
+
+    The model stays as it is. Started by several processes (torchrun, accelerate launch, process group initialised),
+    each computes a share; all get the whole table.
+
+    Args:
+        model: A model trained on a holdout set, on the device where it is to compute.
+        dataset: What will be trained on, with `example_id`: see `add_example_ids`.
+        data_collator: As the Trainer's, without randomness; None for the Trainer's default.
+        processing_class: The tokenizer or processor; its hash is kept, and the table is refused with another.
+        batch_size: Examples a forward pass; more is faster and takes more memory.
+        task: See `per_example_loss`; None reads it off the model.
+        granularity: `"example"`, or `"token"` for selection among tokens.
+        label_smoothing: That of the run that uses the table.
+        precision: `"bf16"` or `"fp16"` autocast: faster where the device has units for it, and two or three digits.
+        fingerprint_columns: The columns by which the data set is known again; None for all. With those that the
+            examples were made from (text, label) the table fits a copy that was tokenized another way.
+        remove_unused_columns: As in TrainingArguments; False where the collator or a transform needs other columns.
+        output_dir: Where the table is saved, and, in `<output_dir>.partial` beside it, what is done so far: the same
+            call goes on from there. None keeps it in a temporary folder that lives as long as this process.
+        save_every: Rows after which what is done is written: an interrupted run loses at most so many.
+        num_workers: Processes that load examples.
+
+    Returns:
+        `example_id` (int64, ascending) and `irreducible_loss` (float32; by token a list of those of its valid tokens
+        in their order), memory-mapped, with settings. An example without a valid label has loss 0.
+
+    Raises:
+        ValueError: Ids missing, doubled or of another type; a loss that isn't finite; an `output_dir` that holds what
+            was made with other settings.
+    """
+    index = IdIndex(check_dataset(dataset, "dataset", ids=True))
+    for name, value in (("len(dataset)", len(dataset)), ("batch_size", batch_size), ("save_every", save_every)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: it must be at least 1")
+    task = task or infer_task(model)
+    config = getattr(base_model(model), "config", None)
+    settings = {
+        **run_settings(dataset, fingerprint_columns, processing_class, task, granularity, label_smoothing, precision),
+        "model_name": source_name(getattr(config, "name_or_path", "") or type(base_model(model)).__name__),
+        "model_weights": weights_fingerprint(model),
+    }
+    done = finished_table(output_dir, settings)
+    if done is not None:
+        return done
+    value = Value("float32")
+    features = Features({ID_COLUMN: Value("int64"), LOSS_COLUMN: List(value) if granularity == "token" else value})
+    folder = work_folder(output_dir)
+    shards = Shards(folder, settings, features, len(dataset), save_every)
+    collator = data_collator or default_collator(processing_class)
+    feed = _model_columns(model, dataset) if remove_unused_columns else dataset
+    scorer = Scorer(
+        task=task,
+        granularity=granularity,
+        label_smoothing=label_smoothing,
+        precision=precision,
+        batch_size=batch_size,
+    )
+    fill_shards(shards, model, feed, scorer, collator, index, num_workers)
+    return finish_table(shards.merge, settings, folder, output_dir)
+
+
+def default_collator(processing_class: Any) -> Callable[[list[Any]], Any]:
+    """The Trainer's default data collator."""
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return DataCollatorWithPadding(processing_class)
+    return default_data_collator
+
+
+def run_settings(
+    dataset: Dataset,
+    fingerprint_columns: Sequence[str] | None,
+    processing_class: Any,
+    task: Task,
+    granularity: Granularity,
+    label_smoothing: float,
+    precision: Precision | None,
+) -> dict[str, Any]:
+    """What a table is compared by before it is used, and how its losses were computed, but for the model."""
+    columns = sorted(set(dataset.column_names if fingerprint_columns is None else fingerprint_columns) - {ID_COLUMN})
+    return {
+        "kind": KIND,
+        "data_fingerprint": data_fingerprint(dataset, columns),
+        "fingerprint_columns": columns,
+        "rows": len(dataset),
+        "tokenizer": tokenizer_fingerprint(processing_class),
+        "task": task,
+        "granularity": granularity,
+        "label_smoothing": label_smoothing,
+        "precision": precision,
+    }
+
+
+def work_folder(output_dir: str | os.PathLike[str] | None) -> Path:
+    """Where the parts of a table lie until it is whole; without an `output_dir` as long as this process lives.
+
+    Raises:
+        ValueError: If several processes have no folder in common.
+    """
+    if output_dir is not None:
+        folder = Path(output_dir)
+        return folder.with_name(f"{folder.name}.partial")
+    if process_rank()[1] > 1:
+        raise ValueError("output_dir=None: several processes need one, in a folder that they share")
+    _TEMPORARY.append(tempfile.TemporaryDirectory(prefix="irreducible-losses-", ignore_cleanup_errors=True))
+    return Path(_TEMPORARY[-1].name)
+
+
+def finished_table(output_dir: str | os.PathLike[str] | None, settings: dict[str, Any]) -> Dataset | None:
+    """The table that was saved before, if its settings are these.
+
+    Raises:
+        ValueError: If it was made with others.
+    """
+    if output_dir is None or not (Path(output_dir) / "dataset_info.json").is_file():
+        return None
+    table = load_irreducible_losses(output_dir)
+    there = {key: value for key, value in settings_of(table, KIND).items() if key in settings}
+    if changed := changes(there, settings):
+        raise ValueError(
+            f"output_dir={os.fspath(output_dir)!r} holds a table made with other settings ({changed}): name another "
+            "folder, or delete that table"
+        )
+    logger.info("%s holds this table already", output_dir)
+    if process_rank()[0] == 0:  # of a run that was killed at its very end
+        shutil.rmtree(work_folder(output_dir), ignore_errors=True)
+    return table
+
+
+def finish_table(
+    merge: Callable[[Path], Dataset],
+    settings: dict[str, Any],
+    folder: Path,
+    output_dir: str | os.PathLike[str] | None,
+) -> Dataset:
+    """Merges what the processes wrote, saves the table where that is wanted, and deletes the parts.
+
+    Args:
+        merge: Makes one table of the parts in a file, which it is given.
+        settings: The table's.
+        folder: Where the parts lie.
+        output_dir: Where the table goes; None leaves it in `folder`.
+    """
+    wait_for_all()
+    table = None
+    if process_rank()[0] == 0:
+        table = with_settings(merge(folder / "merged.arrow"), settings)
+        if output_dir is not None:
+            save_irreducible_losses(table, output_dir)
+    if output_dir is not None:
+        wait_for_all()
+        table = load_irreducible_losses(output_dir)
+        if process_rank()[0] == 0:
+            shutil.rmtree(folder)
+    assert table is not None, "output_dir is None in one process alone"
+    return table
+
+
+def _model_columns(model: nn.Module, dataset: Dataset) -> Dataset:
+    """The columns that the model's forward takes, as the Trainer keeps them."""
+    known = {*inspect.signature(base_model(model).forward).parameters, "label", "label_ids", "labels"}
+    kept = [name for name in dataset.column_names if name in known]
+    if not any(name not in ("label", "label_ids", "labels") for name in kept):
+        raise ValueError(
+            f"none of the columns {', '.join(dataset.column_names)} is an input of "
+            f"{type(base_model(model)).__name__}: prepare the data set for the model first, or pass "
+            "remove_unused_columns=False where the data_collator or a transform does it"
+        )
+    return dataset.select_columns([ID_COLUMN, *kept])

@@ -1,0 +1,306 @@
+"""One selection: from the batches that were drawn to the micro-batches that are trained on.
+
+`ExampleSelector` is the paper's algorithm 1, lines 5 to 8: score the large batch, take the best rows. `TokenSelector`
+does the same to the tokens of an ordinary batch. Neither trains; neither knows the Trainer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_efx.core.batches import Batch, batch_size, concatenate_rows, take_rows, trim_padding
+from hf_efx.core.example_ids import ID_COLUMN
+from hf_efx.core.losses import IGNORE_INDEX, Task, aligned_labels
+from hf_efx.core.scoring import Scorer
+from hf_efx.rho_loss.exchange import exchange_rows, gather_equal, union_order
+from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
+from hf_efx.rho_loss.selection import IRREDUCIBLE_LOSS, SelectionFunction, select, select_tokens
+
+# A column that a micro-batch carries where rows are weighted; `RHOLossMixin.compute_loss` takes it off.
+WEIGHT = "selection_weight"
+
+
+class MicroBatch(NamedTuple):
+    """What is trained on at once.
+
+    Attributes:
+        batch: As a data collator makes it, `example_id` among its columns.
+        ids: int64 [n] on the CPU.
+        scores: float32 [n] on the CPU, NaN where nothing was scored.
+    """
+
+    batch: Any
+    ids: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass
+class Outcome:
+    """What a selection chose.
+
+    Attributes:
+        micro_batches: What this process trains on, in order.
+        drawn: Examples drawn by this process.
+        shares: For the report: by name, values of all that was drawn and of what was chosen (examples, or tokens).
+    """
+
+    micro_batches: list[MicroBatch]
+    drawn: int
+    shares: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[k] int64, what this process trains on, in that order."""
+        return torch.cat([part.ids for part in self.micro_batches]).numpy()
+
+
+@dataclass
+class ExampleSelector:
+    """Chooses the rows of a draw with the highest scores.
+
+    Attributes:
+        function: What scores them.
+        scorer: What computes the quantities that the function needs, None where it needs none.
+        task: What the labels mean, None where they aren't looked at.
+        table: Irreducible losses, None where the function needs none.
+        chosen: Rows trained on out of `drawn` rows drawn; a shorter draw gives as many in proportion, one at least.
+        drawn: See `chosen`.
+        corrupted_column: Column of the report.
+        padding: What fills a name's columns where rows of unequal width come together.
+        side: Where it goes.
+        world_size: Processes to choose over, 1 where each chooses for itself.
+        rank: This process among them.
+    """
+
+    function: SelectionFunction
+    scorer: Scorer | None
+    task: Task | None
+    table: IrreducibleLosses | None
+    chosen: int
+    drawn: int
+    corrupted_column: str | None = None
+    padding: Mapping[str, float] = field(default_factory=dict)
+    side: Literal["left", "right"] = "right"
+    world_size: int = 1
+    rank: int = 0
+
+    def __call__(self, model: nn.Module, batches: Sequence[Batch], generator: torch.Generator) -> Outcome:
+        """Scores the rows and chooses among all of them, whichever batch they came in.
+
+        Args:
+            model: What scores.
+            batches: As the loader gave them, `example_id` [n] among their columns.
+            generator: For what is random; the same in all processes that choose together.
+
+        Raises:
+            ValueError: For a score that can't be ranked; an id that the table doesn't have.
+        """
+        sizes = [batch_size(batch) for batch in batches]
+        known = self._columns(batches)
+        names, values = self._values(model, batches, known[0])
+        if self.world_size > 1:
+            rank_of, row_of = union_order(sizes, self.world_size)
+            device = batches[0][ID_COLUMN].device
+            known = gather_equal(known.to(device)).cpu()[rank_of, :, row_of].T
+            if names:
+                values = gather_equal(values.to(device)).cpu()[rank_of, :, row_of].T
+        by_name = dict(zip(names, values, strict=True))
+        scores = self._scores(by_name)
+        count = sum(max(1, size * self.chosen // self.drawn) for size in sizes)
+        rows, weights = select(
+            scores, known[0], count * self.world_size, generator=generator, sampled=self.function.sampled
+        )
+        parts = _split(count, len(batches))
+        if self.world_size > 1:
+            # Each micro-batch of one process with the whole batch is dealt out to the processes in order.
+            starts = np.cumsum([0, *parts[:-1]]) * self.world_size
+            mine = torch.cat([s + self.rank * p + torch.arange(p) for s, p in zip(starts, parts, strict=True)])
+            wanted = exchange_rows(
+                lambda own: gather_rows(batches, own, self.padding, self.side),
+                *(rank_of[rows], row_of[rows], mine, self.rank, self.padding, self.side),
+            )
+            rows, weights = rows[mine], None if weights is None else weights[mine]
+        else:
+            wanted = gather_rows(batches, rows, self.padding, self.side)
+        if weights is not None:
+            wanted[WEIGHT] = weights.to(wanted[ID_COLUMN].device)
+        chosen_scores = torch.full((len(rows),), torch.nan) if scores is None else scores[rows].float()
+        pieces = (_pieces(wanted, parts), known[0][rows].split(parts), chosen_scores.split(parts))
+        return Outcome(
+            [MicroBatch(*piece) for piece in zip(*pieces, strict=True)], sum(sizes), self._shares(by_name, known, rows)
+        )
+
+    def _columns(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """[columns, n] int64 on the CPU: the ids first. The one wait for the device before scoring."""
+        names = [ID_COLUMN, *([self.corrupted_column] if self.corrupted_column else [])]
+        return torch.stack(
+            [torch.cat([batch[name].reshape(-1).to(torch.int64) for batch in batches]) for name in names]
+        ).cpu()
+
+    def _values(self, model: nn.Module, batches: Sequence[Batch], ids: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+        """Names and float32 [values, n] on the CPU of all that is known of each row."""
+        results: dict[str, torch.Tensor] = {}
+        if self.scorer is not None:
+            scored = [self.scorer(model, _model_columns(batch, self.corrupted_column)) for batch in batches]
+            names = self.scorer.quantities
+            # One copy from the device for all quantities.
+            stacked = torch.stack([torch.cat([part[name].float() for part in scored]) for name in names]).cpu()
+            results = dict(zip(names, stacked, strict=True))
+        elif self.table is not None and self.task is not None:
+            results["count"] = torch.cat([_label_counts(batch, self.task) for batch in batches]).float().cpu()
+        if self.table is not None:
+            results[IRREDUCIBLE_LOSS] = self.table.lookup(ids)
+        return list(results), torch.stack(list(results.values())) if results else torch.empty(0, len(ids))
+
+    def _scores(self, values: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        scores = self.function.score(values)
+        if scores is not None and "count" in values:
+            # Nothing to learn from: chosen only where nothing else is left.
+            scores = scores.masked_fill(values["count"] == 0, -torch.inf)
+        return scores
+
+    def _shares(
+        self, values: dict[str, torch.Tensor], known: torch.Tensor, rows: torch.Tensor
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        shares = {"right_share": values.get("correct"), "corrupted_share": known[1] if len(known) > 1 else None}
+        return {name: (v.numpy(), v[rows].numpy()) for name, v in shares.items() if v is not None}
+
+
+@dataclass
+class TokenSelector:
+    """Leaves all but the highest-scoring tokens of the batches out of the loss.
+
+    Attributes:
+        function: What scores tokens.
+        scorer: Computes its quantities by token.
+        task: What the labels mean.
+        table: Irreducible losses by token, None where the function needs none.
+        ratio: Share of the valid tokens that is kept, over all batches together.
+        corrupted_column: Column of the report: a token is corrupted if its example is.
+    """
+
+    function: SelectionFunction
+    scorer: Scorer
+    task: Task
+    table: IrreducibleLosses | None
+    ratio: float
+    corrupted_column: str | None = None
+
+    def __call__(self, model: Any, batches: Sequence[Batch], generator: torch.Generator) -> Outcome:
+        """Scores the tokens and sets the labels of those not chosen to -100.
+
+        Args:
+            model: What scores.
+            batches: As the loader gave them.
+            generator: For what is random.
+
+        Raises:
+            ValueError: For a score that can't be ranked; a table whose tokens don't fit an example's.
+        """
+        scored = [self._score(model, batch, generator) for batch in batches]
+        flat = [torch.cat([part[name].flatten() for part in scored]) for name in ("score", "mask")]
+        keep = select_tokens(flat[0][None], flat[1][None], self.ratio)[0]
+        kept = keep.split([part["mask"].numel() for part in scored])
+        results = []
+        for batch, part, chosen in zip(batches, scored, kept, strict=True):
+            chosen = chosen.reshape(part["mask"].shape)
+            mean = part["score"].masked_fill(~chosen, 0).sum(1) / chosen.sum(1).clamp(min=1)
+            ids = batch[ID_COLUMN].reshape(-1).cpu()
+            results.append(MicroBatch(self._masked(model, batch, chosen), ids, mean.float().cpu()))
+        drawn = sum(len(part.ids) for part in results)
+        return Outcome(results, drawn, self._shares(batches, scored, flat[1], keep))
+
+    def _score(self, model: Any, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        values = self.scorer(model, _model_columns(batch, self.corrupted_column))
+        mask = values["mask"]
+        if self.table is not None:
+            values[IRREDUCIBLE_LOSS] = self.table.lookup(batch[ID_COLUMN].reshape(-1), mask)
+        score = self.function.score(values)
+        if score is None:
+            score = torch.rand(mask.shape, generator=generator).to(mask.device)
+        return {**values, "score": score, "mask": mask}
+
+    def _masked(self, model: Any, batch: Batch, chosen: torch.Tensor) -> dict[str, Any]:
+        result = dict(batch)
+        labels = batch["labels"]
+        if self.task == "seq2seq" and "decoder_input_ids" not in batch:
+            # The decoder reads the labels, left-out ones too.
+            result["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if self.task == "causal":  # entry t is about label t + 1
+            chosen = torch.nn.functional.pad(chosen[:, :-1], (1, 0), value=False)
+        result["labels"] = labels.masked_fill(~chosen.to(labels.device), IGNORE_INDEX)
+        return result
+
+    def _shares(
+        self,
+        batches: Sequence[Batch],
+        scored: Sequence[Mapping[str, torch.Tensor]],
+        mask: torch.Tensor,
+        keep: torch.Tensor,
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        values = {}
+        if "correct" in scored[0]:
+            values["right_share"] = torch.cat([part["correct"].flatten() for part in scored])
+        if self.corrupted_column:
+            columns = [batch[self.corrupted_column].reshape(-1, 1) for batch in batches]
+            values["corrupted_share"] = torch.cat(
+                [
+                    c.to(part["mask"].device).expand_as(part["mask"]).flatten()
+                    for c, part in zip(columns, scored, strict=True)
+                ]
+            )
+        return {name: (v[mask].cpu().numpy(), v[keep].cpu().numpy()) for name, v in values.items()}
+
+
+def gather_rows(
+    batches: Sequence[Batch], rows: torch.Tensor, padding: Mapping[str, float], side: Literal["left", "right"]
+) -> dict[str, Any]:
+    """Takes rows of batches that lie end to end.
+
+    Args:
+        batches: Collated alike.
+        rows: [k] int64, ascending.
+        padding: As for `concatenate_rows`.
+        side: As for `concatenate_rows`.
+    """
+    if len(batches) == 1:
+        return take_rows(batches[0], rows)
+    ends = np.cumsum([batch_size(batch) for batch in batches])
+    borders = [0, *np.searchsorted(rows.numpy(), ends).tolist()]
+    starts = [0, *ends[:-1].tolist()]
+    pieces = zip(batches, starts, borders[:-1], borders[1:], strict=True)
+    parts = [take_rows(batch, rows[a:b] - start) for batch, start, a, b in pieces if a < b]
+    return concatenate_rows(parts or [take_rows(batches[0], rows)], padding, side)
+
+
+def _pieces(batch: Batch, parts: Sequence[int]) -> list[dict[str, Any]]:
+    if len(parts) == 1:
+        return [trim_padding(batch)]
+    ends = np.cumsum(parts).tolist()
+    pieces = [trim_padding(take_rows(batch, slice(end - part, end))) for end, part in zip(ends, parts, strict=True)]
+    # Memory of their own, as batches from a checkpoint have: where a tensor begins decides a product's last bits.
+    return [{name: _own_memory(value) for name, value in piece.items()} for piece in pieces]
+
+
+def _own_memory(value: Any) -> Any:
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, torch.Tensor) else value
+
+
+def _split(count: int, parts: int) -> list[int]:
+    """Equal parts, the first ones by one larger where they can't be."""
+    return [count // parts + (i < count % parts) for i in range(parts)]
+
+
+def _model_columns(batch: Batch, corrupted_column: str | None) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in (ID_COLUMN, corrupted_column)}
+
+
+def _label_counts(batch: Batch, task: Task) -> torch.Tensor:
+    labels = batch["labels"]
+    if task == "regression":
+        return torch.ones(len(labels), device=labels.device)
+    return (aligned_labels(labels, task) != IGNORE_INDEX).reshape(len(labels), -1).sum(1)

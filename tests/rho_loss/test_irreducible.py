@@ -1,0 +1,377 @@
+"""Computing irreducible losses, resuming, looking them up, and refusing tables of something else."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from hf_efx.core.tables import settings_of, with_settings
+from hf_efx.core.text_data import TextCollator, byte_tokenizer
+from hf_efx.rho_loss import shards
+from hf_efx.rho_loss.irreducible import (
+    IrreducibleLosses,
+    compute_irreducible_losses,
+    load_irreducible_losses,
+    save_irreducible_losses,
+)
+
+ROWS = 50
+
+
+def bert(seed: int = 0) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = BertConfig(vocab_size=50, max_position_embeddings=16, initializer_range=0.5, **sizes)
+    return BertForSequenceClassification(config).train()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config)
+
+
+def examples(labels: bool = True) -> Dataset:
+    """Sentences of 1 to 8 tokens, ids neither positions nor in order."""
+    draw = np.random.default_rng(0)
+    ids = draw.permutation(ROWS) * 3 - 20
+    columns = {"example_id": ids, "input_ids": [draw.integers(1, 50, draw.integers(1, 9)).tolist() for _ in ids]}
+    if labels:
+        columns |= {"label": draw.integers(0, 2, ROWS), "text": [f"sentence {i}" for i in ids]}
+    return Dataset.from_dict(columns)
+
+
+def pad(features):
+    width = max(len(feature["input_ids"]) for feature in features)
+    ids = [feature["input_ids"] + [0] * (width - len(feature["input_ids"])) for feature in features]
+    batch = {"input_ids": torch.tensor(ids), "labels": torch.tensor([feature["label"] for feature in features])}
+    return batch | {"attention_mask": (batch["input_ids"] != 0).long()}
+
+
+def compute(model=None, dataset=None, **options) -> Dataset:
+    options = {"data_collator": pad, "batch_size": 4, "save_every": 10} | options
+    return compute_irreducible_losses(model or bert(), dataset or examples(), **options)
+
+
+@pytest.fixture(scope="module")
+def table() -> Dataset:
+    return compute(processing_class=byte_tokenizer())
+
+
+def test_losses_are_those_of_one_example_at_a_time(table):
+    model, dataset = bert().eval(), examples()
+    expected = {}
+    for row in dataset:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits
+        expected[row["example_id"]] = F.cross_entropy(logits, torch.tensor([row["label"]])).item()
+    assert table["example_id"][:] == sorted(expected)
+    np.testing.assert_allclose(table["irreducible_loss"][:], [expected[i] for i in sorted(expected)], atol=1e-5)
+    assert np.std(list(expected.values())) > 0.1
+    assert [str(kind) for kind in table.features.values()] == ["Value('int64')", "Value('float32')"]
+    assert table.cache_files  # mapped from a file
+    settings = settings_of(table, "irreducible_losses")
+    assert {name: settings[name] for name in ("rows", "model_name", "task", "granularity", "label_smoothing")} == {
+        "rows": ROWS,
+        "model_name": "BertForSequenceClassification",
+        "task": "classification",
+        "granularity": "example",
+        "label_smoothing": 0.0,
+    }
+    assert settings["fingerprint_columns"] == ["input_ids", "label", "text"]
+
+
+def test_neither_order_nor_model_nor_random_state_changes(table):
+    model = bert()
+    state, before = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    again = compute(model, examples().shuffle(seed=1), processing_class=byte_tokenizer(), batch_size=7)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    np.testing.assert_allclose(again["irreducible_loss"][:], table["irreducible_loss"][:], atol=1e-5)
+    assert settings_of(again) == settings_of(table)
+    assert settings_of(compute(bert(1)))["model_weights"] != settings_of(table)["model_weights"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_token_losses_are_found_wherever_the_padding_is(side):
+    model, dataset = gpt2(), examples(labels=False)
+    losses = IrreducibleLosses(compute(model, dataset, granularity="token", data_collator=TextCollator(0)))
+    rows = [7, 3, 11]
+    texts = [dataset[row]["input_ids"] for row in rows]
+    width = max(map(len, texts)) + 1
+    mask, expected = torch.zeros(3, width, dtype=torch.bool), torch.zeros(3, width)
+    for i, text in enumerate(texts):
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([text])).logits[0, :-1]
+        start = 0 if side == "right" else width - len(text)
+        mask[i, start : start + len(text) - 1] = True
+        expected[i, start : start + len(text) - 1] = F.cross_entropy(logits, torch.tensor(text[1:]), reduction="none")
+    assert mask.sum() > 3
+    torch.testing.assert_close(losses.lookup(dataset[rows]["example_id"], mask), expected, atol=1e-5, rtol=0)
+    longest = int(mask.sum(-1).argmax())
+    mask[longest, mask[longest].nonzero()[0]] = False
+    with pytest.raises(ValueError, match=f"has {mask[longest].sum()} targets here and .* use the tokenizer"):
+        losses.lookup(dataset[rows]["example_id"], mask)
+    with pytest.raises(ValueError, match="mask=None: a table of granularity='token' needs to know"):
+        losses.lookup(dataset[rows]["example_id"])
+
+
+def test_an_example_without_a_target_has_loss_0():
+    dataset = Dataset.from_dict({"example_id": [4, 9], "input_ids": [[3], [3, 4, 5]]})  # one token predicts nothing
+    for granularity, empty in (("example", 0.0), ("token", [])):
+        table = compute(gpt2(), dataset, data_collator=TextCollator(0), granularity=granularity)
+        assert table[0]["irreducible_loss"] == empty
+        assert np.min(table[1]["irreducible_loss"]) > 0
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Ids in the order in which they are scored; fails before the example whose id is put into `fail_at`."""
+
+    class Scored(list):
+        fail_at: int | None = None
+
+    ids, finish = Scored(), shards._losses
+
+    def record(scores, drawn):
+        if ids.fail_at in drawn:
+            raise KeyboardInterrupt
+        ids.extend(drawn.tolist())
+        return finish(scores, drawn)
+
+    monkeypatch.setattr(shards, "_losses", record)
+    return ids
+
+
+def test_an_interrupted_table_goes_on_where_it_stopped(tmp_path, scored, table):
+    every = sorted(examples()["example_id"][:])
+    scored.fail_at = every[25]  # in the third shard of 10 rows
+    with pytest.raises(KeyboardInterrupt):
+        compute(output_dir=tmp_path / "t")
+    assert scored == every[: len(scored)] and 20 <= len(scored) <= 25
+    assert [path.name for path in tmp_path.iterdir()] == ["t.partial"]
+    with pytest.raises(ValueError, match=r"beginning of a table made with other settings \(label_smoothing: 0.0, "):
+        compute(output_dir=tmp_path / "t", label_smoothing=0.1)
+    scored.clear()
+    scored.fail_at = None
+    resumed = compute(output_dir=tmp_path / "t")
+    assert scored == every[20:]
+    whole = compute()
+    assert resumed[:] == whole[:]  # to the bit
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+    scored.clear()
+    assert compute(output_dir=tmp_path / "t")[:] == resumed[:]
+    assert not scored  # it was there
+    with pytest.raises(
+        ValueError, match=r"holds a table made with other settings \(model_weights: .*name another folder"
+    ):
+        compute(bert(1), output_dir=tmp_path / "t")
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path.insert(0, sys.argv[1])
+    import rho_loss.test_irreducible as tests
+    from hf_efx.rho_loss import shards
+
+    write = shards.Shards.write
+
+    def kill_in_the_third(self, shard, *arrays):
+        if shard == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, shard, *arrays)
+
+    shards.Shards.write = kill_in_the_third
+    tests.compute(output_dir=sys.argv[2])
+"""
+
+
+def test_a_killed_table_goes_on_where_it_stopped(tmp_path, scored, run_python):
+    with pytest.raises(RuntimeError, match="status -9"):
+        run_python(KILLED, args=[Path(__file__).parents[1], tmp_path / "t"])
+    kept = sorted(path.name for path in (tmp_path / "t.partial").iterdir())
+    assert kept == ["settings.json", "shard-000000.arrow", "shard-000001.arrow"]
+    resumed = compute(output_dir=tmp_path / "t")
+    assert scored == sorted(examples()["example_id"][:])[20:]
+    assert resumed[:] == compute()[:]
+
+
+SHARED = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import torch
+    import rho_loss.test_irreducible as tests
+    from hf_efx.rho_loss import shards
+
+    rank = int(sys.argv[3])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}.store", rank=rank, world_size=2)
+    finish, count = shards._losses, 0
+
+    def record(scores, ids):
+        global count
+        count += len(ids)
+        return finish(scores, ids)
+
+    shards._losses = record
+    try:
+        tests.compute()
+    except ValueError as error:
+        assert "several processes need one" in str(error)
+    print(len(tests.compute(output_dir=sys.argv[2])), count)
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_work(tmp_path):
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(SHARED), root / "tests", tmp_path / "t"]
+    workers = [subprocess.Popen([*command, str(rank)], env=env, stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
+    said = [worker.communicate(timeout=240)[0].splitlines()[-1] for worker in workers]
+    assert said == ["50 30", "50 20"]  # five shards of 10 rows
+    assert load_irreducible_losses(tmp_path / "t")[:] == compute()[:]
+
+
+def test_a_loss_that_is_not_finite_names_the_example():
+    model, dataset = bert(), examples()
+    token = max(dataset[5]["input_ids"])
+    model.bert.embeddings.word_embeddings.weight.data[token] = float("inf")
+    bad = [row["example_id"] for row in dataset if token in row["input_ids"]]
+    with pytest.raises(ValueError, match=f"isn't finite, of example_id ({'|'.join(map(str, bad))})") as error:
+        compute(model, dataset)
+    assert "precision=None" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (Dataset.from_dict({"input_ids": [[1]]}), {}, "dataset has no column 'example_id'"),
+        (Dataset.from_dict({"example_id": [1, 1]}), {}, "ids stand twice in column 'example_id': 1"),
+        (Dataset.from_dict({"example_id": [1.0]}), {}, "are double, not int64"),
+        (examples().select([]), {}, r"len\(dataset\)=0: it must be at least 1"),
+        (examples(), {"batch_size": 0}, "batch_size=0: it must be at least 1"),
+        (examples(), {"save_every": 0}, "save_every=0: it must be at least 1"),
+        (examples(), {"fingerprint_columns": ["sentence"]}, "no column 'sentence', which its fingerprint"),
+        (
+            examples().remove_columns("input_ids"),
+            {},
+            "none of the columns example_id, label, text is an input of Bert",
+        ),
+    ],
+)
+def test_unusable_input_is_refused(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        compute_irreducible_losses(bert(), dataset, data_collator=pad, **options)
+
+
+def test_lookup_goes_by_id(table):
+    losses = IrreducibleLosses(table)
+    assert len(losses) == ROWS
+    by_id = dict(zip(table["example_id"][:], table["irreducible_loss"][:], strict=True))
+    wanted = torch.tensor([-20, 127, 1, 1])
+    found = losses.lookup(wanted)
+    assert found.dtype == torch.float32
+    assert found.tolist() == [by_id[i] for i in wanted.tolist()]
+    with pytest.raises(ValueError, match="1 ids are not among the 50 examples: 2"):
+        losses.lookup([1, 2])
+
+
+def test_check_accepts_the_run_that_the_table_was_made_for(table, tmp_path):
+    save_irreducible_losses(table, tmp_path / "t")
+    losses = IrreducibleLosses(load_irreducible_losses(tmp_path / "t"))
+    settings = {"task": "classification", "granularity": "example", "label_smoothing": 0.0}
+    losses.check(examples().shuffle(seed=3), tokenizer=byte_tokenizer(), **settings)
+    losses.check(examples())  # what isn't known isn't compared
+    card = (tmp_path / "t" / "README.md").read_text()
+    assert 'load_irreducible_losses("t")' in card and "@article{mindermann" in card and "histogram.png" in card
+
+
+def test_check_refuses_everything_else(table):
+    losses, dataset = IrreducibleLosses(table), examples()
+    other_tokenizer = byte_tokenizer()
+    other_tokenizer.add_tokens(["word"])
+    for name, value in {"task": "regression", "granularity": "token", "label_smoothing": 0.1}.items():
+        with pytest.raises(ValueError, match=f"was made with {name}=.*, but here it is {value!r}"):
+            losses.check(dataset, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="was made with tokenizer='"):
+        losses.check(dataset, tokenizer=other_tokenizer)
+    with pytest.raises(ValueError, match="was made with rows=50, but here it is 49"):
+        losses.check(dataset.select(range(49)))
+    with pytest.raises(ValueError, match="train_dataset has no column 'example_id'"):
+        losses.check(dataset.remove_columns("example_id"))
+    ids = dataset["example_id"][:]
+    for new_ids, message in (
+        ([*ids[:-1], 1000], "1 ids are not among the 50 examples: 1000"),
+        ([*ids[:-1], ids[0]], f"ids stand twice in column 'example_id': {ids[0]}"),
+        ([*ids[1:], ids[0]], "made for another data set: the fingerprint over example_id, input_ids, label, text is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            losses.check(dataset.remove_columns("example_id").add_column("example_id", new_ids))  # type: ignore
+    changed = dataset.map(lambda row: {"label": 1 - row["label"]} if row["example_id"] == 1 else {})
+    with pytest.raises(ValueError, match="made for another data set"):
+        losses.check(changed)
+
+
+def test_raw_columns_fit_another_tokenizers_copy():
+    losses = IrreducibleLosses(compute(fingerprint_columns=["text", "label"]))
+    retokenized = examples().map(lambda row: {"input_ids": [1, *row["input_ids"]]})
+    losses.check(retokenized)
+    with pytest.raises(ValueError, match="no column 'text', which its fingerprint is made of"):
+        losses.check(retokenized.remove_columns("text"))
+
+
+def test_unusable_tables_are_refused(table):
+    settings = settings_of(table)
+    columns = table[:]
+
+    def changed(**new):
+        return with_settings(Dataset.from_dict({**columns, **new}), settings)
+
+    losses = columns["irreducible_loss"]
+    ids = columns["example_id"]
+    for bad, message in (
+        (table.select(range(49)), "has 49 rows but was made with 50: it is truncated or extended"),
+        (Dataset.from_dict(columns), "carries no settings"),
+        (
+            changed(irreducible_loss=[*losses[:-1], float("nan")]),
+            r"1 irreducible losses aren't finite, .* 127 \(row 49\)",
+        ),
+        (
+            changed(irreducible_loss=[float("inf"), *losses[1:]]),
+            r"1 irreducible losses aren't finite, .* -20 \(row 0\)",
+        ),
+        (changed(irreducible_loss=[None, *losses[1:]]), "holds 1 nulls"),
+        (changed(example_id=[ids[1], *ids[1:]]), "ids stand twice in column 'example_id': -17"),
+        (changed(example_id=list(map(str, ids))), "are string, not int64"),
+        (changed().remove_columns("irreducible_loss"), "lacks the column 'irreducible_loss'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            IrreducibleLosses(bad)
+
+
+PUSH = """
+    import json, sys
+    from hf_efx.core.tables import settings_of
+    from hf_efx.rho_loss.irreducible import load_irreducible_losses, push_irreducible_losses
+
+    push_irreducible_losses(load_irreducible_losses(sys.argv[1]), "tester/irreducible", private=True)
+    pulled = load_irreducible_losses("tester/irreducible")
+    print(json.dumps([pulled[:], settings_of(pulled)]))
+"""
+
+
+def test_hub_round_trip_is_identical(table, hub, run_python, tmp_path):
+    save_irreducible_losses(table, tmp_path / "t")
+    pulled = json.loads(run_python(PUSH, env=hub.env, args=[tmp_path / "t"]).splitlines()[-1])
+    assert pulled == [table[:], settings_of(table)]
