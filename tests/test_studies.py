@@ -64,11 +64,53 @@ def test_side_by_side_calls_each_in_every_round():
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
 
 
+def test_reached_and_shares_of_uniform():
+    sys.path.insert(0, str(SCRIPTS / "reproduce"))
+    runs = load("reproduce/selection_runs.py")
+    curve = [(25, 1.0, 0.5), (50, 2.0, 0.7), (75, 3.0, 0.6)]
+    assert runs.reached(curve, 0.6) == (50, 2.0)
+    assert runs.reached(curve, 0.71) == (None, None)
+    assert runs.reached([(25, 1.0, 3.0), (50, 2.0, 2.5)], 2.6, higher=False) == (50, 2.0)
+    uniform = {"part": "mlp", "seed": 0, "configuration": "mlp: uniform", "best": 0.7, "curve": curve}
+    uniform |= {"flops_per_step": 100, "table_seconds": 0.0}
+    fast = {"part": "mlp", "seed": 0, "configuration": "mlp: rho_loss", "best": 0.75, "curve": [(25, 1.5, 0.75)]}
+    fast |= {"flops_per_step": 400, "table_seconds": 0.25}
+    never = {**fast, "configuration": "mlp: loss", "best": 0.4, "curve": [(25, 1.5, 0.4)]}
+    base, row, failed = runs.against_uniform([uniform, fast, never])
+    assert (base["steps_share"], base["time_share"], base["gain"]) == (1.0, 1.0, 0.0)
+    # 25 of 50 steps at 4 times the FLOPs; 1.5 of 2 seconds, 1.75 with the table.
+    assert (row["steps_share"], row["flops_share"], row["time_share"], row["paid_share"]) == (0.5, 2.0, 0.75, 0.875)
+    assert row["gain"] == pytest.approx(0.05)
+    assert failed["steps_to"] is None and "steps_share" not in failed
+
+
+def test_noisy_images_halve_the_training_set_and_say_where_labels_are_wrong():
+    sys.path.insert(0, str(SCRIPTS / "reproduce"))
+    images = load("reproduce/noisy_images.py").noisy_images(None, seed=0)
+    again = load("reproduce/noisy_images.py").noisy_images(None, seed=0)
+    train, holdout = images.train, images.holdout
+    assert set(train["example_id"]).isdisjoint(set(holdout["example_id"]))
+    assert abs(len(train) - len(holdout)) <= 1
+    # A tenth redrawn among ten classes: 9% wrong, within four standard errors of 700 examples.
+    assert 0.045 < sum(train["corrupted"]) / len(train) < 0.135
+    assert list(train["labels"]) == list(again.train["labels"])
+    model = images.model("mlp-64", 0)
+    rows = train.with_format("torch")[:4]
+    output = model(rows["pixel_values"], rows["labels"])
+    assert output["logits"].shape == (4, 10) and output["loss"].ndim == 0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["reproduce/low_rank.py", "benchmarks/low_rank.py"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        *("reproduce/low_rank.py", "benchmarks/low_rank.py"),
+        *("reproduce/rho_loss.py", "reproduce/goldiprox.py", "benchmarks/rho_loss.py"),
+    ],
+)
 def test_smoke_run(program, tmp_path):
     env = os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}
     subprocess.run([sys.executable, SCRIPTS / program, "--quick"], cwd=tmp_path, env=env, check=True)
-    results = json.loads(next(tmp_path.glob("runs/*/low_rank.json")).read_text())
+    results = json.loads(next(tmp_path.glob(f"runs/*/{Path(program).stem}.json")).read_text())
     assert results["rows"] and results["claims"]
     assert (next(tmp_path.glob("runs/*")) / results["plot"]).stat().st_size > 10_000
