@@ -16,7 +16,7 @@ _CHOICES = {
 }
 
 # What a preset sets, where the option still has its default: the benchmark's (scripts/benchmarks/rho_loss.py) fastest.
-PRESETS: dict[str, dict[str, Any]] = {"fast": {"scoring_precision": "bf16"}}
+PRESETS: dict[str, dict[str, Any]] = {"fast": {"selection_ratio": 0.2, "scoring_precision": "bf16"}}
 
 
 @dataclass
