@@ -35,7 +35,6 @@ if TYPE_CHECKING:
         low_rank_report,
     )
     from hf_efx.rho_loss import (
-        SELECTION_FUNCTIONS,
         IrreducibleLosses,
         RHOLossArguments,
         RHOLossArgumentsMixin,
@@ -78,7 +77,6 @@ _PUBLIC = {
         "RHOLossArgumentsMixin",
         "RHOLossMixin",
         "RHOLossTrainer",
-        "SELECTION_FUNCTIONS",
         "compute_irreducible_losses",
         "cross_fit_irreducible_losses",
         "load_irreducible_losses",
