@@ -278,8 +278,8 @@ NOTES = [
     "uniform trains on every batch that it draws, through the same loader, and scores nothing.",
     "Images: evaluated every 25 steps on up to 5,000 clean test images; the best of these counts, for all alike.",
     "The causal model's figure is the loss on clean validation text in nats per byte: lower is better.",
-    "An MLP's table holds the CNN back (pilot, one seed: best accuracy 0.1 points below uniform's), and a CNN's costs as "
-    "much as its uniform run: one run alone doesn't pay for it.",
+    "An MLP's table holds the CNN back (pilot, one seed: best accuracy 0.1 points below uniform's), and a CNN's costs "
+    "nearly as much as its uniform run: one run alone doesn't pay for it.",
     "A redrawn label may be the right one: 10% redrawn of ten classes are 9% corrupted.",
     "A seed that never reached uniform's best makes its claims not finite, and they don't hold.",
 ]
