@@ -197,7 +197,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2400, help="of the runs on images")
     parser.add_argument("--encoder-steps", type=int, default=150)
-    parser.add_argument("--lm-steps", type=int, default=300)
+    parser.add_argument("--lm-steps", type=int, default=600)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--output", type=Path, help="results file (default: results/rho_loss.json here)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 seed, a few steps, written to runs/")

@@ -171,7 +171,7 @@ def _words_table(holdout: Any, target: Any, collator: Any, classes: int, seed: i
 
 
 def run_lm(job: Job, queue: Any, text: str | None, tables: str, every: int, **_: Any) -> dict[str, Any]:
-    """Trains a small byte-level GPT-2 on texts of which a tenth is shuffled bytes; the loss on clean text counts."""
+    """Trains a small byte-level GPT-2 on texts of which a tenth is random bytes; the loss on clean text counts."""
     from datasets import Dataset
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -186,8 +186,7 @@ def run_lm(job: Job, queue: Any, text: str | None, tables: str, every: int, **_:
     generator = np.random.default_rng(job.seed)
     tested = min(LM_TESTED, len(ids) // 5)
     corrupted = generator.random(len(ids)) < NOISE
-    # Its own bytes in disorder: bytes of another distribution would be something to learn.
-    noisy = [generator.permutation(r).tolist() if bad else r for r, bad in zip(ids, corrupted, strict=True)]
+    noisy = [generator.integers(32, 127, len(r)).tolist() if bad else r for r, bad in zip(ids, corrupted, strict=True)]
     places = generator.permutation(np.arange(tested, len(ids)))
 
     def part(chosen: np.ndarray) -> Dataset:
