@@ -15,8 +15,10 @@ from hf_efx.version import __version__
 if TYPE_CHECKING:
     from hf_efx.core.adapter import default_targets, get_efx_model, merge_and_unload, unload
     from hf_efx.core.arguments import EfxArguments
+    from hf_efx.core.block_map import Block
     from hf_efx.core.efx_config import EfxConfig
     from hf_efx.core.peft_bridge import register_peft
+    from hf_efx.core.step_context import step_context
     from hf_efx.core.trainer import EfxTrainer, EfxTrainerMixin
     from hf_efx.low_rank import (
         DenseWarmupCallback,
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
         LowRankTrainer,
         low_rank_report,
     )
+    from hf_efx.slice_out import SliceOutCallback, SliceOutConfig, slice_out_report
 
 _PUBLIC = {
     "hf_efx.core.adapter": ("default_targets", "get_efx_model", "merge_and_unload", "unload"),
     "hf_efx.core.arguments": ("EfxArguments",),
+    "hf_efx.core.block_map": ("Block",),
     "hf_efx.core.efx_config": ("EfxConfig",),
     "hf_efx.core.peft_bridge": ("register_peft",),
+    "hf_efx.core.step_context": ("step_context",),
     "hf_efx.core.trainer": ("EfxTrainer", "EfxTrainerMixin"),
     "hf_efx.low_rank": (
         "DenseWarmupCallback",
@@ -41,6 +46,7 @@ _PUBLIC = {
         "LowRankTrainer",
         "low_rank_report",
     ),
+    "hf_efx.slice_out": ("SliceOutCallback", "SliceOutConfig", "slice_out_report"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *sorted(_MODULE_OF)]  # pyright: ignore[reportUnsupportedDunderAll]
