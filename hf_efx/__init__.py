@@ -15,9 +15,11 @@ from hf_efx.version import __version__
 if TYPE_CHECKING:
     from hf_efx.core.adapter import default_targets, get_efx_model, merge_and_unload, unload
     from hf_efx.core.arguments import EfxArguments
+    from hf_efx.core.block_map import Block
     from hf_efx.core.efx_config import EfxConfig
     from hf_efx.core.example_ids import add_example_ids
     from hf_efx.core.peft_bridge import register_peft
+    from hf_efx.core.step_context import step_context
     from hf_efx.core.trainer import EfxTrainer, EfxTrainerMixin
     from hf_efx.goldiprox import (
         GoldiProxMixin,
@@ -48,13 +50,16 @@ if TYPE_CHECKING:
         save_irreducible_losses,
         train_irreducible_model,
     )
+    from hf_efx.slice_out import SliceOutCallback, SliceOutConfig, slice_out_report
 
 _PUBLIC = {
     "hf_efx.core.adapter": ("default_targets", "get_efx_model", "merge_and_unload", "unload"),
     "hf_efx.core.arguments": ("EfxArguments",),
+    "hf_efx.core.block_map": ("Block",),
     "hf_efx.core.efx_config": ("EfxConfig",),
     "hf_efx.core.example_ids": ("add_example_ids",),
     "hf_efx.core.peft_bridge": ("register_peft",),
+    "hf_efx.core.step_context": ("step_context",),
     "hf_efx.core.trainer": ("EfxTrainer", "EfxTrainerMixin"),
     "hf_efx.goldiprox": (
         "GoldiProxMixin",
@@ -85,6 +90,7 @@ _PUBLIC = {
         "save_irreducible_losses",
         "train_irreducible_model",
     ),
+    "hf_efx.slice_out": ("SliceOutCallback", "SliceOutConfig", "slice_out_report"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *sorted(_MODULE_OF)]  # pyright: ignore[reportUnsupportedDunderAll]

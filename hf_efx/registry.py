@@ -126,6 +126,8 @@ _ROWS = (
         year=2020,
         arxiv="2007.10909",
         task="dropout that makes the matrices smaller",
+        config="hf_efx.slice_out.config.SliceOutConfig",
+        options=("hf_efx.slice_out.config.SliceOutConfig",),
     ),
     Method(
         name="mc_dropout",

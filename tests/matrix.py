@@ -5,13 +5,15 @@ A new method joins with one line in `METHOD_ROWS`; a new architecture with one `
 configs, tiny and without dropout, so that a test can ask for equal numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers import TrainerCallback
 
 import hf_efx
 from hf_efx.core.method_config import EfxMethodConfig
@@ -32,6 +34,8 @@ class Architecture:
         checkpointing: Whether transformers lets it checkpoint gradients.
         lora_targets: Modules that a LoRA goes on.
         parts: Two disjoint sets of modules, for composing two configs.
+        renamed_on_save: Whether transformers saves the dense model under an older layout's names, which its own
+            Trainer then can't resume from: it warns of missing keys and trains on from random layers.
         unmoved: Parameters that no gradient reaches, with the reason beside them.
     """
 
@@ -41,14 +45,21 @@ class Architecture:
     config: Callable[[], transformers.PreTrainedConfig]
     inputs: Callable[[int], dict[str, torch.Tensor]]
     lora_targets: list[str]
-    parts: tuple[list[str], list[str]]
+    parts: tuple[list[str] | str, list[str] | str]
     checkpointing: bool = True
+    renamed_on_save: bool = False
     unmoved: tuple[str, ...] = ()
 
     def build(self, seed: int = 0) -> Any:
         """The dense model with seeded random weights."""
+        return self.build_with(seed)
+
+    def build_with(self, seed: int = 0, **fields: Any) -> Any:
+        """The same with other values in some fields of its config."""
         torch.manual_seed(seed)
-        return getattr(transformers, self.model_class)(self.config()).eval()
+        config = self.config()
+        config.update(fields)
+        return getattr(transformers, self.model_class)(config).eval()
 
     def batch(self, size: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
         """A seeded batch."""
@@ -72,6 +83,7 @@ class Row:
         changes_skeleton: Whether checkpoints need hf_efx.
         peft_door: Whether `peft.get_peft_model` takes the config.
         full_size: Fields with which layers are as large as dense ones, where checkpoints need hf_efx.
+        callbacks: A function that makes the callbacks which another Trainer than ours needs.
     """
 
     method: str
@@ -80,6 +92,7 @@ class Row:
     changes_skeleton: bool
     peft_door: bool
     full_size: dict[str, Any] = field(default_factory=dict)
+    callbacks: Callable[[], list[TrainerCallback]] = list
 
     @property
     def id(self) -> str:
@@ -99,6 +112,21 @@ def perturb(model: nn.Module, scale: float = 0.02) -> Any:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=scale)
     return model
+
+
+@contextmanager
+def training_step(model: nn.Module, step: int = 0) -> Iterator[None]:
+    """Training mode and a training step, for a model with methods that act there alone; nothing for others."""
+    context = hf_efx.step_context(model)
+    if context is None:
+        yield
+        return
+    mode = model.training
+    model.train()
+    context.begin_step(step)
+    yield
+    context.end_step()
+    model.train(mode)
 
 
 @torch.no_grad()
@@ -227,6 +255,7 @@ ARCHITECTURES = (
         inputs=_images,
         lora_targets=["q_proj", "fc2"],
         parts=(["q_proj", "k_proj"], ["fc1"]),
+        renamed_on_save=True,
         unmoved=("k_proj.bias",),
     ),
     Architecture(
@@ -238,7 +267,7 @@ ARCHITECTURES = (
         ),
         inputs=_images,
         lora_targets=["convolution"],
-        parts=(["layer.0.convolution"], ["layer.1.convolution"]),
+        parts=(r".*stages\.0\..*convolution", r".*stages\.1\..*convolution"),
         checkpointing=False,
     ),
 )
@@ -250,6 +279,12 @@ METHOD_ROWS: dict[str, dict[str, Any]] = {
         "changes_skeleton": True,
         "peft_door": True,
         "full_size": {"rank": 1.0, "only_if_smaller": False},
+    },
+    "slice_out": {
+        "config": lambda **fields: hf_efx.SliceOutConfig(**{"rate": 0.5, "align": 2, **fields}),
+        "changes_skeleton": False,
+        "peft_door": False,
+        "callbacks": lambda: [hf_efx.SliceOutCallback(measure_time=False)],
     },
 }
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_efx import FactorDecayCallback, LowRankArguments, LowRankConfig, LowRankTrainer
+from hf_efx import FactorDecayCallback, LowRankArguments, LowRankConfig, LowRankTrainer, step_context
 
 STEPS, BATCH = 3, 4
 SWITCH_STEPS, SWITCH_AT, KILL_AT = 8, 4, 6
@@ -42,7 +42,10 @@ def batch(row: Row, step: int, part: slice = slice(None)) -> dict[str, torch.Ten
 
 def train(row: Row, model: Any, optimizer: Any, part: slice, backward: Any) -> None:
     """A few steps."""
+    context = step_context(model)  # of methods that draw: alike on all processes, since none tells it its rank
     for step in range(STEPS):
+        if context is not None:
+            context.begin_step(step)
         backward(model(**batch(row, step, part)).loss)
         optimizer.step()
         optimizer.zero_grad()

@@ -54,30 +54,36 @@ def get_efx_model(
         return model
     methods = (configs if isinstance(configs, EfxConfig) else EfxConfig(configs)).methods
     _refuse_foreign(model)
+    old = (efx_record(model) or {"methods": []})["methods"]
+    dormant = {name: entry["method"] for entry in old for name in plan_for(model, entry["modules"])}
     entries, taken = [], {}
     for config in methods:
-        targets = match_targets(model, config)
+        targets = config.match(model)
         for name in targets:
             if name in taken:
                 raise ValueError(
                     f"{type(config).__name__}: module {name!r} is already taken by the {taken[name]} config before "
                     f"it in the list. Part them with target_modules or exclude_modules."
                 )
+            if name in dormant:
+                raise ValueError(
+                    f"{type(config).__name__}: module {name!r} belongs to the {dormant[name]} method which the loaded "
+                    f"checkpoint was trained with (config.efx). Put it back with get_efx_model(model), or take it "
+                    f"off for good with hf_efx.unload(model) first."
+                )
         plan = config.plan(model, targets, pretrained)
         for name in plan:
             _refuse_offloaded(name, model.get_submodule(name))
-        if config.changes_skeleton:
-            taken.update(dict.fromkeys(plan, config.method))
+        taken.update(dict.fromkeys(plan, config.method))
         entries.append((config, plan))
     for config, plan in entries:
         config.apply(model, plan)
-    old = (efx_record(model) or {"methods": []})["methods"]
     new = [{"method": c.method, "config": c.method_fields(), "modules": plan} for c, plan in entries]
     _write_record(model, [*old, *new])
     return model
 
 
-def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool = False) -> None:
+def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool = False, revive: bool = True) -> None:
     """Rebuilds the structure that a record (`config.efx`) describes on a model, in place.
 
     Args:
@@ -85,6 +91,8 @@ def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool
         record: As returned by `efx_record`.
         initialise: Start the rebuilt parameters from the weights that are there, as the configs say. False leaves
             their values for a checkpoint to fill.
+        revive: Put methods that act in training alone back, too. False leaves them to the record: inference needs
+            nothing of them.
 
     Raises:
         ValueError: If the record is malformed, newer than this version, or names modules that the model lacks.
@@ -93,6 +101,8 @@ def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool
     for config, plan, _ in entries:
         if config.changes_skeleton:
             plan = {name: spec for name, spec in plan.items() if not hasattr(model.get_submodule(name), "dense_class")}
+        elif not revive:
+            continue
         (config.apply if initialise else config.restore)(model, plan)
     _write_record(model, [{**entry, "modules": plan} for _, plan, entry in entries])
 
@@ -129,7 +139,10 @@ def merge_and_unload(model: ModelT) -> ModelT:
     """
     _refuse_foreign(model)
     record = efx_record(model)
-    entries = [(entry_config(entry), entry["modules"]) for entry in reversed(record["methods"] if record else [])]
+    entries = [
+        (entry_config(entry), plan_for(model, entry["modules"]))
+        for entry in reversed(record["methods"] if record else [])
+    ]
     for config, plan in entries:
         config.check_merge()
         for name in plan:
@@ -149,7 +162,7 @@ def unload(model: ModelT) -> ModelT:
         if config.changes_skeleton:
             kept.append(entry)
         else:
-            config.merge(model, entry["modules"])
+            config.merge(model, plan_for(model, entry["modules"]))
     _write_record(model, kept)
     return model
 
@@ -228,6 +241,8 @@ def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str | None:
             return "peft has already adapted it: merge that adapter first, or put hf_efx on first and LoRA on top"
         if hasattr(module, "dense_class"):
             return "it is already factorised"
+        if (method := _acting_method(module)) is not None:
+            return f"{method} acts on it already: part the two by target_modules, or call hf_efx.unload(model) first"
         kind = type(module).__name__
         return f"it is a {kind}, not a plain Linear, Conv1D or Conv2d (quantised or custom layers aren't)"
     if "weight" not in module._parameters:
@@ -247,6 +262,11 @@ def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str | None:
     if len(owners) > 1:
         return f"its weight is tied ({', '.join(sorted(owners))}): changing one side would break the tie silently"
     return None
+
+
+def _acting_method(module: nn.Module) -> str | None:
+    """The training-time method whose class the module has been given, None if none."""
+    return getattr(type(module), "efx_method", None)
 
 
 def match_targets(
@@ -274,6 +294,12 @@ def match_targets(
         resolved = type(config)(**{**config.method_fields(), "target_modules": suffixes})
         if config.layers_to_transform is not None:
             defaults = {name for name in defaults if "." in name}
+        taken = [(name, method) for name, m in model.named_modules() if (method := _acting_method(m)) is not None]
+        if taken:
+            raise ValueError(
+                f"{type(config).__name__}: {taken[0][1]} acts on module {taken[0][0]!r} and others already. Name the "
+                f"modules that are left in target_modules, or call hf_efx.unload(model) first."
+            )
     found = {}
     for name, module in (layers or dict(model.named_modules())).items():
         chosen = name in defaults if by_default else bool(name)

@@ -45,7 +45,7 @@ class EfxQuantizer(HfQuantizer):
             )
         check_record(record)
         check_checkpoint(record, checkpoint_files)
-        restore_efx_model(model, record)
+        restore_efx_model(model, record, revive=False)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from hf_efx.core.adapter import get_efx_model

@@ -15,7 +15,8 @@ _HOUSEKEEPING = {field.name for field in dataclasses.fields(PeftConfig)}
 class EfxMethodConfig(PeftConfig):
     """Config of a model method, a PeftConfig in form.
 
-    Subclasses set the two class attributes and implement `plan`, `apply`, `restore` and `merge`.
+    Subclasses set the two class attributes and implement `plan`, `apply`, `restore` and `merge`, the last so that it
+    does nothing to a module that the method isn't on.
 
     Attributes:
         method: Name of the method, as in `hf_efx.registry.METHODS`.
@@ -78,6 +79,16 @@ class EfxMethodConfig(PeftConfig):
             if f.name not in _HOUSEKEEPING and value != default:
                 result[f.name] = value
         return result
+
+    def match(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that the config acts on, by name, as `target_modules` and the fields beside it choose.
+
+        Raises:
+            ValueError: If nothing matches, or a module that was named can't be changed (with the reason).
+        """
+        from hf_efx.core.adapter import match_targets
+
+        return match_targets(model, self)
 
     def check_pretrained(self) -> None:
         """Raises ValueError where the config would discard trained weights; called before they are loaded."""

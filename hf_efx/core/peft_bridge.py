@@ -21,6 +21,7 @@ class EfxType(str, Enum):  # noqa: UP042  (peft compares its own `class PeftType
     """Our names in peft's registry, beside `peft.PeftType`."""
 
     EFX_LOW_RANK = "EFX_LOW_RANK"
+    EFX_SLICE_OUT = "EFX_SLICE_OUT"
 
 
 def register_peft() -> None:
@@ -34,7 +35,21 @@ def register_peft() -> None:
             importlib.import_module(method.config.rpartition(".")[0])
 
 
-def register_adapter(peft_type: EfxType, config: type, tuner: type[BaseTuner]) -> None:
+class RefusingTuner:
+    """In peft's mappings for methods without weights of their own: peft would leave nothing trainable."""
+
+    prefix = "efx_"
+
+    def __init__(self, model: Any, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        name = type(config).__name__
+        raise ValueError(
+            f"{name} is no adapter: it has no weights of its own, so peft.get_peft_model would leave nothing to "
+            f"train. Call hf_efx.get_efx_model(model, {name}(...)); an adapter such as LoRA goes on top afterwards."
+        )
+
+
+def register_adapter(peft_type: EfxType, config: type, tuner: type[BaseTuner] | type[RefusingTuner]) -> None:
     """Enters one adapter into peft's mappings.
 
     Args:

@@ -7,11 +7,12 @@ scoring (before the step begins), evaluation and generation (after it ends) get 
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 # name: transformers would otherwise put a new callback, unconnected to the context, in ours' place
 # (`restore_callback_states_from_checkpoint`).
 STATE_KEY = "hf_efx.step_context"
+_ATTRIBUTE = "_efx_step_context"  # in the __dict__ of the model that the context belongs to
 
 
 def derive_seed(seed: int, step: int, micro_step: int, rank: int | None, name: str) -> int:
@@ -45,11 +47,19 @@ class StepContext:
     Args:
         seed: The run's seed.
         rank: This process, from 0.
+
+    Attributes:
+        max_steps: Length of the run in optimizer steps, None where it isn't known.
+        started: Whether a step ever began.
+        listeners: Functions that are called when a step has begun.
     """
 
     def __init__(self, seed: int, rank: int = 0) -> None:
         self.seed = seed
         self.rank = rank
+        self.max_steps: int | None = None
+        self.started = False
+        self.listeners: list[Callable[[], None]] = []
         self.step = 0
         self.micro_step = 0
         self._in_step = False
@@ -62,7 +72,9 @@ class StepContext:
 
     def begin_step(self, step: int) -> None:
         """Starts optimizer step `step`, at its first micro-batch."""
-        self.step, self.micro_step, self._in_step = step, 0, True
+        self.step, self.micro_step, self._in_step, self.started = step, 0, True, True
+        for listener in self.listeners:
+            listener()
 
     def next_micro_step(self) -> None:
         """Goes on to the step's next micro-batch, after the backward pass of the one before."""
@@ -124,21 +136,53 @@ class StepContext:
         self.micro_step, self._in_step = 0, False
 
 
+def step_context(model: nn.Module) -> StepContext | None:
+    """The context that the training-time methods on a model draw from, one for all of them; None without any."""
+    return next((m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__), None)
+
+
+def attach_step_context(model: nn.Module) -> StepContext:
+    """The model's context, made (with seed 0) where there is none yet."""
+    context = step_context(model)
+    if context is None:
+        context = model.__dict__[_ATTRIBUTE] = StepContext(seed=0)
+    return context
+
+
+def detach_step_context(model: nn.Module) -> None:
+    """Takes the context off a model that no method draws on any more."""
+    for module in model.modules():
+        module.__dict__.pop(_ATTRIBUTE, None)
+
+
 class StepContextCallback(TrainerCallback):
     """Moves a `StepContext` along with a Trainer, and keeps its state in the checkpoints' trainer_state.json.
 
     Args:
-        context: The context that the model's methods draw from.
+        context: The context that the model's methods draw from. None for the model's own, with the run's seed: it is
+            looked up when training begins, and where the model has none, the callback does nothing.
     """
 
-    def __init__(self, context: StepContext) -> None:
+    def __init__(self, context: StepContext | None = None) -> None:
         self.context = context
+        self._own = context is None
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for the next training log, described in docs/metrics.md. An `EfxTrainerMixin` asks for them."""
+        return {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes this process' rank, and on resuming the checkpoint's state."""
+        """Takes this process' rank and the run's length, and on resuming the checkpoint's state."""
+        if self._own:
+            self.context = step_context(kwargs["model"])
+            if self.context is not None:
+                self.context.seed = args.seed
+        if self.context is None:
+            return
         self.context.rank = args.process_index
+        self.context.max_steps = state.max_steps
         self.context.end_step()
         saved = _stored(state).get(STATE_KEY)
         if saved is not None:
@@ -148,18 +192,22 @@ class StepContextCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begins a step."""
-        self.context.begin_step(state.global_step)
+        if self.context is not None:
+            self.context.begin_step(state.global_step)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Goes on to the next micro-batch."""
-        self.context.next_micro_step()
+        if self.context is not None:
+            self.context.next_micro_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ends the step and writes the state down for a checkpoint that may follow."""
+        if self.context is None:
+            return
         self.context.end_step()
         _stored(state)[STATE_KEY] = self.context.state_dict()
 

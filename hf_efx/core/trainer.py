@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import EvalResult
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -26,6 +27,7 @@ from hf_efx.core.arguments import EfxArgumentsMixin
 from hf_efx.core.card import write_model_card
 from hf_efx.core.checkpoints import explain_incomplete, explained_write_errors, last_complete_checkpoint
 from hf_efx.core.efx_config import config_class
+from hf_efx.core.step_context import StepContextCallback, step_context
 from hf_efx.registry import METHODS
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,9 @@ _Base = Trainer if TYPE_CHECKING else object
 
 class EfxTrainerMixin(_Base):
     """Resumes from complete checkpoints alone, restores their structure, and carries extra columns and metrics.
+
+    Where the model carries methods that draw while training, it moves their step context along with the run; the
+    figures of a `StepContextCallback` that was passed reach the logs.
 
     Attributes:
         extra_columns: Columns that survive the removal of columns unknown to the model, such as `example_id`. They
@@ -70,6 +75,7 @@ class EfxTrainerMixin(_Base):
         try:
             if self._resume_from is not None and self.model is not None and self.model_init is None:
                 self._match_structure(self.model, self._resume_from, fresh=self.optimizer is None)
+            self._move_step_context()
             return super().train(self._resume_from, *args, **kwargs)
         except KeyboardInterrupt:
             self._log_interruption()
@@ -83,6 +89,20 @@ class EfxTrainerMixin(_Base):
         if self._resume_from is not None:
             self._match_structure(model, self._resume_from)
         return model
+
+    def _move_step_context(self) -> None:
+        """Adds the callback that the model's training-time methods need, unless one was passed."""
+        present = self.model is not None and step_context(self.model) is not None
+        resting = [] if present or self.model is None else _training_methods(efx_record(self.model))
+        if resting:
+            logger.warning(
+                "config.efx names %s, which loading doesn't put back: training goes on without. Call "
+                "hf_efx.get_efx_model(model) first to go on with it, or hf_efx.unload(model) to silence this.",
+                ", ".join(resting),
+            )
+        passed = any(isinstance(callback, StepContextCallback) for callback in self.callback_handler.callbacks)
+        if (present or self.model_init is not None) and not passed:
+            self.add_callback(StepContextCallback())
 
     def _resume_point(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
         if resume is None or resume is False:
@@ -121,6 +141,8 @@ class EfxTrainerMixin(_Base):
         record = json.loads(config_file.read_bytes()).get("efx")
         present = efx_record(model)
         if _structure(record) == _structure(present):
+            if _training_methods(record):  # a loaded model has them in its config alone
+                restore_efx_model(model, record)
             return
         if present is not None:
             raise ValueError(
@@ -128,7 +150,7 @@ class EfxTrainerMixin(_Base):
                 f"{_methods(present)} in another structure or with other settings. Give the Trainer a model without "
                 f"methods, which is then rebuilt to match, or start a new run from the loaded checkpoint."
             )
-        if not fresh:
+        if not fresh and len(_training_methods(record)) < len(record["methods"]):
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r} was saved with {_methods(record)}, and rebuilding the model "
                 f"to match would leave the Trainer's optimizer with parameters that are gone. Resume with a new "
@@ -136,6 +158,18 @@ class EfxTrainerMixin(_Base):
             )
         restore_efx_model(model, record)
         logger.info("Rebuilt the model with %s, as %s has it.", _methods(record), checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Loads a checkpoint's weights, those too that transformers saved under an older layout's names (ViT, DINOv2).
+
+        The Trainer by itself only warns of keys that it misses there, and trains on from random layers.
+        """
+        target: Any = self.model if model is None else model
+        whole = isinstance(target, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        if not whole or revert_weight_conversion(target, target.state_dict()).keys() == target.state_dict().keys():
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        loaded = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(loaded.state_dict())
 
     def _log_interruption(self) -> None:
         if not self.is_world_process_zero():
@@ -187,6 +221,10 @@ class EfxTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs figures as `Trainer.log` does, and in a training log (not an evaluation's) those of `add_metrics`."""
+        if "loss" in logs or "train_loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StepContextCallback):
+                    self.add_metrics(callback.metrics())
         if self._pending_metrics and ("loss" in logs or "train_loss" in logs):
             means = {name: sum(values) / len(values) for name, values in self._pending_metrics.items()}
             # In place, as the Trainer adds to its logs itself: the summary's dict goes on to the TrainOutput.
@@ -248,6 +286,12 @@ def _last_evaluation(log_history: list[dict[str, float]], tasks: Any, datasets: 
         for name, value in logs.items()
         if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_time"))
     ]
+
+
+def _training_methods(record: dict[str, Any] | None) -> list[str]:
+    """The methods of a record that act in training alone."""
+    names = [entry["method"] for entry in record["methods"]] if record else []
+    return [name for name in names if not config_class(name).changes_skeleton]
 
 
 def _methods(record: dict[str, Any] | None) -> str:

@@ -1,0 +1,224 @@
+"""SliceOutConfig: which blocks are sliced, at which rate, and how slices are drawn."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from hf_efx.core.block_map import KINDS, Block
+from hf_efx.core.method_config import EfxMethodConfig
+from hf_efx.core.peft_bridge import EfxType, RefusingTuner, register_adapter
+from hf_efx.slice_out.blocks import choose_blocks, plan_blocks
+from hf_efx.slice_out.schedule import NORMALIZATIONS, STARTS
+from hf_efx.slice_out.spans import put_on, take_off
+
+ATTENTION = ("heads", "head_dim")
+
+
+@dataclass
+class SliceOutConfig(EfxMethodConfig):
+    """Config of SliceOut (Notin et al. 2020, arXiv 2007.10909): dropout that drops a contiguous slice of units.
+
+    It acts in training steps alone: evaluation and generation see the dense model, checkpoints are the dense model's.
+
+    Raises:
+        ValueError: For a value out of range; the field, the value and the way out are named.
+    """
+
+    method: ClassVar[str] = "slice_out"
+    changes_skeleton: ClassVar[bool] = False
+
+    # This package's choice: the milder of the two rates that its benchmark measures.
+    rate: float | dict[str, float] = field(
+        default=0.25,
+        metadata={
+            "help": "Share of each block's units that a step leaves out, from 0 to below 1, or one share for each "
+            "kind of block, such as {'mlp': 0.5, 'attention': 0.25}. Higher is faster and leaner, and regularises "
+            "more."
+        },
+    )
+    rate_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Rates for blocks whose first module's name matches a pattern (regular expression), before "
+            "`rate`: {'h.0.mlp.c_fc': 0.1}. Rate 0 leaves a block dense."
+        },
+    )
+    targets: tuple[str, ...] = field(
+        default=KINDS,
+        metadata={
+            "help": "Kinds of blocks to slice, of 'mlp' (hidden features), 'attention' (heads) and 'conv' (channels "
+            "between two convolutions)."
+        },
+    )
+    # Multiples keep the matrices on fast memory boundaries.
+    starts: str = field(
+        default="aligned",
+        metadata={
+            "help": "Where slices may start: 'aligned' (multiples of align: the fastest), 'all' (everywhere that "
+            "fits: most variety, but outer units are kept seldom), 'circular' (past the end it goes on at the "
+            "beginning: all units are kept equally often, at the price of two smaller products)."
+        },
+    )
+    # Tensor cores want multiples of 8.
+    align: int = field(
+        default=8,
+        metadata={
+            "help": "Widths are multiples of this many features, and so are aligned starts. Larger is friendlier to "
+            "hardware, smaller comes nearer to the rate in narrow layers."
+        },
+    )
+    # As dropout scales.
+    normalization: str = field(
+        default="flow",
+        metadata={
+            "help": "How kept units are scaled up: 'flow' (all by n / width, as dropout does) or 'probabilistic' "
+            "(each by 1 / its probability of being kept: unbiased for each unit, at a little more work)."
+        },
+    )
+    attention: str = field(
+        default="heads",
+        metadata={
+            "help": "What is sliced in attention: whole 'heads' (with grouped queries whole groups), or 'head_dim', "
+            "the same features of every head, for models with few heads. Not under rotary embeddings."
+        },
+    )
+    ramp_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps in which the rate rises from 0. A ramp is gentler at the start and slower there."
+        },
+    )
+    final_dense_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Last optimizer steps without slices: the model that is evaluated gets trained as it is, at the "
+            "price of dense steps."
+        },
+    )
+    same_on_all_ranks: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether all processes keep the same units at a step. False averages the gradients of different "
+            "slices, so that nearly every unit is trained at every step; True gives the gradient of one slice, "
+            "outside which it is zero."
+        },
+    )
+    accumulate_in_place: bool = field(
+        default=False,
+        metadata={
+            "help": "Add gradients straight into the slice of each parameter's .grad: less memory traffic, but "
+            "autograd's hooks don't see them. Refused where hooks or DDP need them."
+        },
+    )
+    blocks: list[Block] | None = field(
+        default=None,
+        metadata={
+            "help": "The blocks of a model that hf_efx doesn't know, or others than it knows of: "
+            "[Block('mlp', emits=['fc1'], reads=['fc2'])]."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks to slice, by any of their modules: names or suffixes, or one regular expression that "
+            "matches whole names. None means all blocks of the kinds in targets."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Blocks to leave dense, by any of their modules, in the same form as target_modules."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = EfxType.EFX_SLICE_OUT  # pyright: ignore[reportAttributeAccessIssue]
+        self._check_targets()
+        self._check_rates()
+        for name, known in (("starts", STARTS), ("normalization", NORMALIZATIONS), ("attention", ATTENTION)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}.")
+        for name, least in (("align", 1), ("ramp_steps", 0), ("final_dense_steps", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: expected a whole number of {least} or more.")
+        if self.blocks is not None:
+            self.blocks = [_block(entry) for entry in self.blocks]
+
+    def _check_targets(self) -> None:
+        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        if not targets or not set(targets) <= set(KINDS):
+            raise ValueError(f"targets={self.targets!r}: expected some of {', '.join(KINDS)}.")
+        self.targets = targets
+
+    def _check_rates(self) -> None:
+        by_kind = self.rate if isinstance(self.rate, dict) else {}
+        unknown = sorted(set(by_kind) - set(self.targets))
+        if unknown:
+            raise ValueError(f"rate={self.rate!r} names {unknown[0]!r}, which isn't among targets={self.targets!r}.")
+        rates = {f"rate[{kind!r}]": rate for kind, rate in by_kind.items()} or {"rate": self.rate}
+        rates |= {f"rate_pattern[{pattern!r}]": rate for pattern, rate in self.rate_pattern.items()}
+        for name, rate in rates.items():
+            if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < 1:
+                raise ValueError(
+                    f"{name}={rate!r}: expected the share of units to leave out, from 0 to below 1 (at 1 nothing "
+                    f"would be left)."
+                )
+
+    def method_fields(self) -> dict[str, Any]:
+        """See `EfxMethodConfig.method_fields`; blocks as dicts."""
+        result = super().method_fields()
+        if self.blocks is not None:
+            result["blocks"] = [_block_fields(block) for block in self.blocks]
+        return result
+
+    def rate_of(self, kind: str) -> float:
+        """The rate of a kind of block, before rate_pattern; 0 where `rate` doesn't name it."""
+        return self.rate.get(kind, 0.0) if isinstance(self.rate, dict) else self.rate
+
+    def match(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules of all chosen blocks, by name; see `EfxMethodConfig.match`."""
+        blocks = choose_blocks(model, self)
+        return {name: model.get_submodule(name) for block in blocks for name in block.members}
+
+    def plan(self, model: nn.Module, targets: dict[str, nn.Module], pretrained: bool) -> dict[str, dict[str, Any]]:
+        """Which units each module emits or reads, and what is set while the method is on.
+
+        Raises:
+            ValueError: Where a block can't be sliced as the config says; the reason and the way out are named.
+        """
+        return plan_blocks(model, self, choose_blocks(model, self))
+
+    def apply(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
+        """Gives the planned modules their sliced classes; what is on already stays as it is."""
+        put_on(model, self, plan)
+
+    def restore(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
+        """The same as `apply`: there are no values to start."""
+        put_on(model, self, plan)
+
+    def merge(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
+        """Gives the modules their own classes and dropouts back."""
+        take_off(model, plan)
+
+
+def _block(entry: Any) -> Block:
+    if isinstance(entry, Block):
+        return entry
+    known = {f.name for f in dataclasses.fields(Block)}
+    if not isinstance(entry, dict) or not set(entry) <= known:
+        raise ValueError(
+            f"blocks has the entry {entry!r}: expected a Block, such as Block('mlp', emits=['fc1'], reads=['fc2'])."
+        )
+    return Block(**entry)
+
+
+def _block_fields(block: Block) -> dict[str, Any]:
+    """The fields that differ from their defaults, as JSON values."""
+    values = {f.name: getattr(block, f.name) for f in dataclasses.fields(Block)}
+    values = {name: value for name, value in values.items() if value not in ((), {}, None, False)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+register_adapter(EfxType.EFX_SLICE_OUT, SliceOutConfig, RefusingTuner)

@@ -1,0 +1,237 @@
+"""Puts a plan (`blocks.py`) on a model, and takes it off again.
+
+Beside the members' classes three things change while the method is on: attributes that say how wide an attention is
+follow the slice, the dropouts of sliced blocks are 0, and a hook refuses what can't be trained.
+"""
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache
+
+from hf_efx.core.adapter import hook_kept, swap_class
+from hf_efx.core.step_context import attach_step_context, detach_step_context, step_context
+from hf_efx.slice_out.layers import SlicedMember, Span, attach, detach
+from hf_efx.slice_out.schedule import RateSchedule
+
+if TYPE_CHECKING:
+    from hf_efx.slice_out.blocks import Plan
+    from hf_efx.slice_out.config import SliceOutConfig
+
+logger = logging.getLogger(__name__)
+
+_HOOK = "_slice_out_hook"
+_FOLLOWS = "_slice_out_follows"
+
+
+class SlicedBias(nn.Embedding):
+    """A position bias with a column for each head, of which it gives those of the kept heads.
+
+    Attributes:
+        emits: The span of the heads.
+        efx_method: For `core.adapter`, which lets no other method change the module.
+    """
+
+    efx_method = "slice_out"
+    emits: Span
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Buckets [queries, keys] -> [queries, keys, heads]."""
+        kept = self.emits.index(1, 1, self.weight.device) if self.training else None
+        if kept is None:
+            return nn.Embedding.forward(self, input)
+        return F.embedding(input, self.weight.index_select(1, kept))
+
+
+def put_on(model: nn.Module, config: "SliceOutConfig", plan: "Plan") -> None:
+    """Carries a plan out; does nothing where it is carried out already.
+
+    Raises:
+        ValueError: If the plan doesn't fit the model.
+    """
+    _check_plan(model, plan)
+    if any("span" in spec and _is_on(model.get_submodule(name)) for name, spec in plan.items()):
+        return
+    context = attach_step_context(model)
+    schedule = RateSchedule(config.ramp_steps, config.final_dense_steps)
+    spans: dict[int, Span] = {}
+    for name, spec in plan.items():
+        if "span" in spec:
+            span = Span(
+                name,
+                spec["span"]["size"],
+                spec["span"]["rate"],
+                context,
+                starts=config.starts,
+                align=spec["span"]["align"],
+                normalization=config.normalization,
+                shared=config.same_on_all_ranks,
+                schedule=schedule,
+                accumulate_in_place=config.accumulate_in_place,
+            )
+            span.kind = spec["span"]["kind"]
+            spans[spec["emits"]["span"]] = span
+    for name, spec in plan.items():
+        module = model.get_submodule(name)
+        for role in ("emits", "reads", "channels"):
+            if role in spec:
+                attach(module, **{role: spans[spec[role]["span"]]}, blocks=spec[role]["blocks"])
+        if "bias" in spec:
+            with hook_kept(module):
+                swap_class(module, SlicedBias)
+            module.emits = spans[spec["bias"]["span"]]  # pyright: ignore[reportArgumentType]
+        if "follows" in spec:
+            _follow(module, {a: (spans[f["span"]], f["times"]) for a, f in spec["follows"].items()})
+        for attribute in spec.get("dropouts", ()):
+            setattr(module, attribute, 0.0)
+    if _HOOK not in model.__dict__:
+        model.__dict__[_HOOK] = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        context.listeners.append(functools.partial(_at_step_begin, model))
+
+
+def take_off(model: nn.Module, plan: "Plan") -> None:
+    """Undoes a plan, what it brought onto adapters of peft included; does nothing where it isn't on."""
+    if not any("span" in spec and _is_on(model.get_submodule(name)) for name, spec in plan.items()):
+        return
+    gone = {id(s) for name, spec in plan.items() if "span" in spec for s in [model.get_submodule(name).emits]}
+    for module in model.modules():
+        if isinstance(module, SlicedMember) and {id(module.emits), id(module.reads)} & gone:
+            detach(module)
+    for name, spec in plan.items():
+        module: Any = model.get_submodule(name)
+        if isinstance(module, SlicedBias):
+            with hook_kept(module):
+                del module.emits
+                swap_class(module, nn.Embedding)
+        if _FOLLOWS in module.__dict__:
+            del module.__dict__[_FOLLOWS]
+            with hook_kept(module):
+                swap_class(module, type(module).__mro__[1])
+        for attribute, value in spec.get("dropouts", {}).items():
+            setattr(module, attribute, value)
+    if not spans_of(model):
+        for module in model.modules():
+            if _HOOK in module.__dict__:
+                module.__dict__.pop(_HOOK).remove()
+        detach_step_context(model)
+
+
+def spans_of(model: nn.Module) -> list[Span]:
+    """The spans on a model, each once, in the order of the modules that emit them."""
+    members = [module for module in model.modules() if isinstance(module, SlicedMember)]
+    return list({id(m.emits): m.emits for m in members if m.emits is not None}.values())
+
+
+def _is_on(module: nn.Module) -> bool:
+    return isinstance(module, SlicedMember)
+
+
+def _check_plan(model: nn.Module, plan: Any) -> None:
+    """Checks what a checkpoint says of its modules."""
+    known = {"span", "emits", "reads", "channels", "bias", "follows", "dropouts"}
+    for name, spec in plan.items():
+        unknown = sorted(set(spec) - known) if isinstance(spec, dict) else [spec]
+        if unknown:
+            raise ValueError(
+                f"config.efx says {spec!r} of module {name!r}, where {unknown[0]!r} is unknown. If a newer hf_efx "
+                f"wrote it, upgrade hf_efx."
+            )
+
+
+# --- attributes that follow
+
+
+def _follow(module: nn.Module, attributes: dict[str, tuple[Span, int]]) -> None:
+    """Makes attributes of a module give, in a sliced forward, what the span keeps times a number."""
+    module.__dict__[_FOLLOWS] = attributes
+    with hook_kept(module):
+        swap_class(module, _following(type(module), tuple(attributes)))
+
+
+@functools.cache
+def _following(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of the same name in which these attributes follow; their own values stay below, in `__dict__`."""
+
+    def reader(attribute: str) -> property:
+        def read(self: Any) -> Any:
+            span, times = self.__dict__[_FOLLOWS][attribute]
+            kept = span.kept() if self.training else None
+            return self.__dict__[attribute] if kept is None else kept * times
+
+        return property(read)
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:  # pickle doesn't find a class made here by its name
+        return _new, (base, attributes), self.__getstate__()
+
+    body = {name: reader(name) for name in attributes}
+    return type(base.__name__, (base,), {**body, "__reduce_ex__": reduce, "__module__": base.__module__})
+
+
+def _new(base: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
+    cls = _following(base, attributes)
+    return cls.__new__(cls)
+
+
+# --- what happens at each step and each forward
+
+
+def _at_step_begin(model: nn.Module) -> None:
+    """Tells the spans their width, and takes in adapters that came on top."""
+    for span in spans_of(model):
+        span.refresh()
+    if hasattr(model, "peft_config"):
+        _take_adapters_in(model)
+
+
+def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses a cache in a training step, and says so once where nothing begins any step."""
+    if torch.compiler.is_compiling() or not model.training:  # compiled, it would cut the graph
+        return
+    context = step_context(model)
+    if context is None:
+        return
+    if context.active and (
+        kwargs.get("use_cache") or any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+    ):
+        raise ValueError(
+            "A KV cache in a training step: SliceOut keeps other heads at each step, so that keys and values of one "
+            "fit no other. Pass use_cache=False and no past_key_values, or call model.eval() first to generate."
+        )
+    if torch.is_grad_enabled() and not context.started:
+        context.started = True
+        logger.warning(
+            "SliceOut is on, but no training step has begun, so that the model trains dense: use EfxTrainer, pass "
+            "SliceOutCallback() to another Trainer, or call begin_step and end_step of hf_efx.step_context(model) in "
+            "a loop of your own."
+        )
+
+
+def _take_adapters_in(model: nn.Module) -> None:
+    """Makes the factors of LoRAs on sliced layers members too: the one that emits, and the one that reads.
+
+    Raises:
+        ValueError: For another kind of adapter.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        layer: Any = module if isinstance(module, BaseTunerLayer) else None
+        base = None if layer is None else layer.get_base_layer()
+        if not isinstance(base, SlicedMember):
+            continue
+        if not isinstance(layer, LoraLayer) or any(layer.use_dora.values()):
+            raise ValueError(
+                f"{type(layer).__name__} on {name!r}, a layer that SliceOut slices: plain LoRA alone can train on "
+                f"such layers. Leave it out of the adapter's target_modules, or call hf_efx.unload(model) first."
+            )
+        for adapter, reads in layer.lora_A.items():
+            emits: Any = layer.lora_B[adapter]
+            if base.reads is not None and not isinstance(reads, SlicedMember):
+                attach(reads, reads=base.reads, blocks=base.blocks)
+            if base.emits is not None and not isinstance(emits, SlicedMember):
+                attach(emits, emits=base.emits, blocks=base.blocks)

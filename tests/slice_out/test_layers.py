@@ -1,0 +1,476 @@
+"""Members of a span beside the masked dense model: blocks, recomputation, autocast, compilation, kept bytes."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from hf_efx.core.step_context import StepContext
+from hf_efx.slice_out.layers import SlicedLinear, Span, attach, detach, emitted_width
+from hf_efx.slice_out.schedule import RateSchedule
+
+WIDTH, HEADS = 12, 4
+
+
+class Block(nn.Module):
+    """A block with one group of units, whose dense forward can mask that group."""
+
+    def mask(self, h: torch.Tensor, factors: torch.Tensor | None, dim: int = -1) -> torch.Tensor:
+        return h if factors is None else h * factors.view(-1, *[1] * (-1 - dim))
+
+
+class Ffn(Block):
+    units, shape = 16, (3, 5, WIDTH)
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        self.up: Any = Conv1D(32, WIDTH) if transposed else nn.Linear(WIDTH, 32)
+        self.down: Any = Conv1D(WIDTH, 32) if transposed else nn.Linear(32, WIDTH)
+
+    def attach(self, span: Span) -> None:
+        attach(self.up, emits=span)
+        attach(self.down, reads=span)
+
+    def forward(self, x: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        return self.down(self.mask(F.gelu(self.up(x)), factors))
+
+
+class GatedFfn(Ffn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 32, bias=False)
+
+    def attach(self, span: Span) -> None:
+        super().attach(span)
+        attach(self.gate, emits=span)
+
+    def forward(self, x: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        return self.down(self.mask(F.silu(self.gate(x)) * self.up(x), factors))
+
+
+class Attention(Block):
+    """Fused query, key and value, as GPT-2 has them; `by_width` slices the width of all heads alike."""
+
+    units, shape = HEADS, (2, 5, WIDTH)
+
+    def __init__(self, by_width: bool = False) -> None:
+        super().__init__()
+        self.by_width, self.units = by_width, 6 if by_width else HEADS
+        self.qkv, self.out = Conv1D(3 * HEADS * 6, WIDTH), Conv1D(WIDTH, HEADS * 6)
+
+    def attach(self, span: Span) -> None:
+        attach(self.qkv, emits=span, blocks=3 * HEADS if self.by_width else 3)
+        attach(self.out, reads=span, blocks=HEADS if self.by_width else 1)
+
+    def forward(self, x: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        parts = list(self.qkv(x).chunk(3, -1))
+        if factors is not None and self.by_width:  # products of masked queries and keys are those of the slices
+            parts[:2] = [part * (factors != 0) for part in parts[:2]]
+        heads = HEADS if self.by_width else parts[0].shape[-1] // 6
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4).transpose(1, 2).flatten(2)
+        return self.out(self.mask(y, factors))
+
+
+class Convs(Block):
+    """Two groups of channels, as in a bottleneck: the convolution in the middle reads one and emits the other."""
+
+    units, shape = 8, (4, 3, 6, 6)
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, bias=bias), nn.Conv2d(16, 16, 3, padding=1, bias=bias)
+        self.third, self.norms = nn.Conv2d(16, 5, 1, bias=bias), nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+
+    def attach(self, span: Span) -> None:
+        attach(self.first, emits=span)
+        attach(self.second, reads=span, emits=span)
+        attach(self.third, reads=span)
+        for norm in self.norms:
+            attach(norm, channels=span)
+
+    def forward(self, x: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.mask(F.relu(self.norms[0](self.first(x))), factors, -3)
+        return self.third(self.mask(F.relu(self.norms[1](self.second(h))), factors, -3))
+
+
+BLOCKS: dict[str, Callable[[], Any]] = {
+    "ffn": Ffn,
+    "ffn of conv1d": lambda: Ffn(transposed=True),
+    "gated ffn": GatedFfn,
+    "attention": Attention,
+    "attention by head width": lambda: Attention(by_width=True),
+    "convolutions": Convs,
+    "convolutions with bias": lambda: Convs(bias=True),
+}
+STARTS = ("aligned", "all", "circular")
+
+
+def make(case: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any, Span, torch.Tensor]:
+    """The sliced block, its dense twin, the span (in its first step) and an input."""
+    torch.manual_seed(0)
+    block = BLOCKS[case]().to(dtype)
+    for parameter in block.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, 0.5)
+    twin, context = copy.deepcopy(block), StepContext(seed=0)
+    span = Span("block", block.units, 0.5, context, **options)
+    block.attach(span)
+    context.begin_step(0)
+    return block, twin, span, torch.randn(block.shape, dtype=dtype, requires_grad=True)
+
+
+def factors_of(span: Span, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """0 or the scale, for each of the columns that are read."""
+    drawn = span.current()
+    assert drawn is not None
+    mask = torch.zeros(span.size, dtype=dtype)
+    for start, stop in drawn.pieces:
+        mask[start:stop] = 1
+    scale = span.scale_for(drawn.width, 1, 1, torch.device("cpu"))
+    factors = mask * (scale.to(dtype) if isinstance(scale, torch.Tensor) else scale)
+    unit = 1 if columns % span.size else columns // span.size
+    return factors.repeat(HEADS) if span.size == 6 else factors.repeat_interleave(unit)
+
+
+def read_columns(block: Any) -> int:
+    reader = next(getattr(block, name) for name in ("down", "out", "third") if hasattr(block, name))
+    return reader.weight.shape[0 if isinstance(reader, Conv1D) else 1]
+
+
+def gradients(y: torch.Tensor, block: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    block.zero_grad()
+    x.grad = None
+    y.backward(torch.randn_like(y))
+    assert x.grad is not None
+    return {"input": x.grad} | {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+
+
+def assert_same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], bar: float) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert (value - theirs[name]).abs().max() <= bar * max(1.0, float(theirs[name].abs().max())), name
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("starts", STARTS)
+@pytest.mark.parametrize("normalization", ["flow", "probabilistic"])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-7), (torch.float32, 1e-6)])
+def test_block_equals_the_masked_dense_one(
+    case: str, starts: str, normalization: str, dtype: torch.dtype, bar: float
+) -> None:
+    if dtype == torch.float32 and case.startswith("convolutions"):
+        bar *= 5  # a batch norm's gradients are small differences of large sums
+    block, twin, span, x = make(case, dtype, starts=starts, normalization=normalization)
+    pieces = set()
+    for step in range(6):
+        span.context.begin_step(step)
+        drawn = span.current()
+        assert drawn is not None and drawn.width == span.size // 2
+        pieces.add(drawn.pieces)
+        stats = {k: v.clone() for k, v in block.named_buffers()}
+        y, expected = block(x), twin(x, factors_of(span, read_columns(block), dtype))
+        assert (y - expected).detach().abs().max() <= bar * max(1.0, float(expected.detach().abs().max()))
+        mine, theirs = gradients(y, block, x), gradients(expected, twin, x)
+        assert_same(mine, theirs, bar)
+        outside = [bool((g == 0).any()) for name, g in mine.items() if name not in ("input", "down.bias", "out.bias")]
+        assert all(outside) or case.startswith("convolutions")
+        for name, buffer in block.named_buffers():
+            dense = dict(twin.named_buffers())[name]
+            if buffer.ndim:  # running statistics move inside the slice, to the dense ones' values, and nowhere else
+                inside = torch.zeros(16, dtype=torch.bool)
+                for start, stop in drawn.ranges(unit=2):
+                    inside[start:stop] = True
+                assert_same({name: buffer[inside]}, {name: dense[inside]}, bar)
+                assert torch.equal(buffer[~inside], stats[name][~inside]) and not torch.equal(buffer, stats[name])
+                dense.copy_(buffer)
+            else:
+                assert int(buffer) == step + 1
+    assert len(pieces) > 1
+
+
+def ends(block: Any) -> tuple[Any, Any]:
+    """The module that emits and the one that reads."""
+    names = ("up", "qkv", "first"), ("down", "out", "third")
+    emitter, reader = (next(getattr(block, name) for name in side if hasattr(block, name)) for side in names)
+    return emitter, reader
+
+
+@pytest.mark.parametrize("case", ["ffn", "ffn of conv1d", "attention", "convolutions"])
+def test_gradients_are_exactly_zero_outside(case: str) -> None:
+    block, _, span, x = make(case, torch.float32)
+    gradients(block(x), block, x)
+    drawn = span.current()
+    assert drawn is not None
+    emitter, reader = ends(block)
+    transposed = isinstance(reader, Conv1D)
+    for layer, dim, blocks in ((emitter, int(transposed), emitter.blocks), (reader, int(not transposed), 1)):
+        columns = layer.weight.shape[dim]
+        inside = torch.zeros(columns, dtype=torch.bool)
+        for start, stop in drawn.ranges(columns // (blocks * span.size), blocks):
+            inside[start:stop] = True
+        rows = layer.weight.grad.movedim(dim, 0)
+        assert not rows[~inside].any() and rows[inside].any()
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_without_a_step_or_in_eval_mode_it_is_the_dense_block(case: str) -> None:
+    block, twin, span, x = make(case)
+    keys = list(block.state_dict())
+    assert keys == list(twin.state_dict())
+    assert not torch.equal(block(x), twin(x))
+    block.load_state_dict(twin.state_dict())
+    assert torch.equal(block.eval()(x), twin.eval()(x))
+    block.train()
+    twin.train()
+    with span.context.disabled():
+        assert torch.equal(block(x), twin(x))
+        mine, theirs = gradients(block(x), block, x), gradients(twin(x), twin, x)
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    span.context.end_step()
+    assert torch.equal(block(x), twin(x))
+    span.context.begin_step(1)
+    for module, dense in zip(block.modules(), twin.modules(), strict=True):
+        detach(module)
+        assert type(module) is type(dense) and vars(module).keys() == vars(dense).keys()
+    assert torch.equal(block(x), twin(x))
+
+
+def test_a_frozen_norm_follows_its_input() -> None:
+    block, twin, span, x = make("convolutions")
+    for model in (block, twin):
+        for norm in model.norms:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    twin.load_state_dict(block.state_dict())
+    block.norms.eval()
+    twin.norms.eval()
+    before = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    torch.testing.assert_close(block(x), twin(x, factors_of(span, 16, x.dtype)), rtol=0, atol=1e-10)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in block.named_buffers())
+
+
+def test_a_norm_with_a_cumulative_average() -> None:
+    block, twin, span, x = make("convolutions", starts="all")
+    for model in (block, twin):
+        model.norms[0].momentum = None
+    block(x)
+    twin(x, factors_of(span, 16, x.dtype))
+    assert (span.kept(), block.norms[0].num_batches_tracked) == (4, 1)
+    drawn = span.current()
+    assert drawn is not None
+    ((start, stop),) = drawn.ranges(unit=2)
+    mine, dense = block.norms[0].running_var[start:stop], twin.norms[0].running_var[start:stop]
+    torch.testing.assert_close(mine, dense, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["ffn", "attention", "convolutions"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_repeats_the_slice(case: str, use_reentrant: bool) -> None:
+    grads = []
+    for recompute in (False, True):
+        block, _, span, x = make(case, torch.float32)
+        drawn = set()
+        for step in range(3):
+            span.context.begin_step(step)
+            for micro_step in range(2):
+                if micro_step:
+                    span.context.next_micro_step()
+                drawn.add(span.current())
+                options: Any = {"use_reentrant": use_reentrant, "preserve_rng_state": False}
+                y = checkpoint(block, x, **options) if recompute else block(x)
+                y.square().sum().backward()
+        assert len(drawn) > 1
+        grads.append({"input": x.grad} | {name: p.grad for name, p in block.named_parameters()})
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+def test_a_slice_that_is_gone_says_so() -> None:
+    block, _, span, x = make("ffn")
+    h = F.gelu(block.up(x))
+    span.context.end_step()
+    with pytest.raises(RuntimeError, match="block: a layer that reads 32 columns was given 16.*holds nothing"):
+        block.down(h)
+    norm = nn.BatchNorm2d(16)
+    attach(norm, channels=span)
+    with pytest.raises(RuntimeError, match="block: a layer that reads 16 columns was given 8.*holds nothing"):
+        norm(torch.ones(2, 8, 3, 3))
+
+
+@pytest.mark.parametrize("case", ["ffn", "attention", "convolutions"])
+def test_bfloat16_autocast(case: str) -> None:
+    block, twin, span, x = make(case, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = block(x), twin(x, factors_of(span, read_columns(block), torch.float32))
+    assert y.dtype == expected.dtype == torch.bfloat16
+    mine, theirs = gradients(y, block, x), gradients(expected, twin, x)
+    for name, value in mine.items():
+        assert value.dtype == torch.float32
+        assert (value - theirs[name]).abs().max() <= 0.05 * theirs[name].abs().max(), name
+
+
+def test_what_is_kept_for_the_backward_pass_follows_the_width() -> None:
+    block, twin, span, x = make("ffn", torch.float32)
+    parameters = {p.data_ptr() for model in (block, twin) for p in model.parameters()}
+
+    def kept_bytes(function: Callable[[], Any]) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in parameters:
+                kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = function()
+        return sum(kept.values()) if y.requires_grad else 0
+
+    tokens = x.numel() // WIDTH  # kept: the input, the hidden columns before and after the activation
+    assert kept_bytes(lambda: twin(x)) == 4 * tokens * (WIDTH + 2 * 32)
+    assert kept_bytes(lambda: block(x)) == 4 * tokens * (WIDTH + 2 * 16)
+
+
+def test_accumulation_in_place_through_the_layers() -> None:
+    grads = []
+    for in_place in (False, True):
+        block, _, span, x = make("gated ffn", accumulate_in_place=in_place)
+        for micro_step in range(3):
+            if micro_step:
+                span.context.next_micro_step()
+            block(x).square().sum().backward()
+        grads.append(list(p.grad for p in block.parameters()))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    block.down.weight.register_hook(lambda grad: grad)  # pyright: ignore
+    with pytest.raises(ValueError, match="accumulate_in_place=True: a parameter has gradient hooks"):
+        block(x)  # pyright: ignore
+
+
+def test_draws_are_shared_or_apart_and_follow_the_schedule() -> None:
+    def starts(rank: int, shared: bool) -> list[Any]:
+        context = StepContext(seed=3, rank=rank)
+        span = Span("block", 64, 0.5, context, starts="all", shared=shared)
+        drawn = []
+        for step in range(8):
+            context.begin_step(step)
+            drawn += [span.current(), span.current()]
+        assert drawn[::2] == drawn[1::2]
+        return drawn[::2]
+
+    assert starts(0, True) == starts(1, True) != starts(0, False) != starts(1, False)
+    schedule = RateSchedule(ramp_steps=4, final_dense_steps=2, max_steps=8)
+    span = Span("block", 16, 0.5, StepContext(seed=0), align=4, schedule=schedule)
+    assert [span.width_at(step) for step in range(8)] == [16, 16, 12, 12, 8, 8, 16, 16]  # 14, 12, 10 rounded, 8
+    span.context.begin_step(0)
+    assert span.current() is None and span.kept() is None
+    span.context.begin_step(4)
+    assert span.kept() == 8
+    span.context.max_steps = 6  # what the context knows of the run wins
+    assert span.kept() == 8 and span.width_at(4) == 16
+
+
+def test_a_copy_is_a_span_of_its_own() -> None:
+    block, _, span, x = make("ffn")
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert other.up.emits is other.down.reads is not span
+        assert other.up.emits.number != span.number
+        assert torch.equal(other(x), block(x))
+        other.up.emits.context.end_step()
+        assert not torch.equal(other(x), block(x))
+
+
+def test_emitted_width() -> None:
+    block, _, span, x = make("attention")
+    assert emitted_width(block.qkv) == block.qkv(x).shape[-1] == 36
+    block.eval()
+    assert emitted_width(block.qkv) == block.qkv(x).shape[-1] == 72
+    assert emitted_width(nn.Linear(3, 5)) == 5
+
+
+def test_what_can_not_be_attached() -> None:
+    context = StepContext(seed=0)
+    span = Span("block", 16, 0.5, context)
+    linear = nn.Linear(12, 32)
+    attach(linear, emits=span)
+    assert type(linear) is SlicedLinear
+    cases: list[tuple[nn.Module, dict[str, Any], str]] = [
+        (nn.LayerNorm(16), {"emits": span}, "LayerNorm can't be sliced: plain Linear, Conv1D, Conv2d, BatchNorm2d"),
+        (nn.Linear(12, 30), {"emits": span}, r"has 30 columns, not a multiple of 1 blocks \* 16 units"),
+        (nn.Linear(12, 32), {"reads": span}, "has 12 columns"),
+        (nn.Linear(12, 32), {"emits": span, "blocks": 3}, "3 blocks"),
+        (nn.Linear(12, 32), {}, "emits=span, reads=span or both"),
+        (nn.Linear(12, 32), {"channels": span}, "a norm takes channels=span"),
+        (nn.BatchNorm2d(32), {"emits": span}, "a norm takes channels=span"),
+        (nn.Conv2d(32, 32, 3, groups=2), {"emits": span}, "groups=2: grouped convolutions can't be sliced"),
+        (linear, {"emits": span}, "has this role already"),
+    ]
+    for module, options, message in cases:
+        kind = type(module)
+        with pytest.raises(ValueError, match=message):
+            attach(module, **options)
+        assert type(module) is kind
+    options: Any
+    for options, message in (
+        ({"rate": 0.97}, "block: rate=0.97 of 16 units rounds to a width of 0"),
+        ({"rate": 0.25, "align": 8}, "block: .*which drops nothing"),
+        ({"rate": 0.5, "starts": "random"}, "block: starts='random'"),
+        ({"rate": 0.5, "normalization": "none"}, "block: normalization='none'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Span("block", 16, context=context, **options)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("ffn", {"starts": "circular"}),
+        ("gated ffn", {"starts": "all", "normalization": "probabilistic"}),
+        ("attention", {"starts": "circular"}),
+        ("convolutions", {"starts": "circular"}),
+        ("convolutions with bias", {"starts": "aligned", "normalization": "probabilistic"}),
+    ],
+)
+# torch's own, on importing inductor.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_one_graph_serves_all_starts(case: str, options: dict[str, Any], backend: str) -> None:
+    torch._dynamo.reset()
+    block, _, span, x = make(case, **options)
+    graphs = CompileCounterWithBackend(backend)
+    compiled = torch.compile(block, backend=graphs, fullgraph=True)
+    drawn = set()
+    for step in range(8):
+        span.context.begin_step(step)
+        drawn.add(span.current())
+        state = copy.deepcopy(block.state_dict())
+        expected = gradients(block(x), block, x)
+        buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+        block.load_state_dict(state)
+        got = gradients(compiled(x), block, x)
+        assert_same(got, expected, 1e-10)
+        assert_same({n: b for n, b in block.named_buffers()}, buffers, 1e-10)
+    assert len(drawn) > 2 and graphs.frame_count == 1
+    span.context.end_step()
+    expected = block(x)
+    torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-10)  # dense: a second graph
+    assert graphs.frame_count == 2
+
+
+def test_a_compiled_ramp_says_what_it_needs() -> None:
+    torch._dynamo.reset()
+    block, _, span, x = make("ffn", schedule=RateSchedule(ramp_steps=4))
+    compiled = torch.compile(block, backend="aot_eager")
+    span.context.begin_step(2)
+    with pytest.raises(RuntimeError, match="block: compiled for a width of 8, while 12 of 16 units are due"):
+        compiled(x)
+    span.refresh()
+    torch.testing.assert_close(compiled(x), block(x), rtol=0, atol=1e-10)
