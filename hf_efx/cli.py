@@ -170,7 +170,7 @@ def _skeleton(options: Any, weights: bool) -> Any:
     name = options.model_name_or_path
     config = checkpoint_config(name) if name else scratch_config(options.model_type, options.config_overrides)
     if getattr(config, "efx", None):
-        raise ValueError(f"{name!r} is factorised already: load it, and low_rank_report(model) tells what it has.")
+        raise ValueError(f"{name!r} carries methods already (config.efx): load it, and its report tells what it has.")
     if weights and not name:
         raise ValueError("weights=True needs a checkpoint: name it with --model.")
     named = getattr(transformers, (config.architectures or [""])[0], None)
@@ -179,7 +179,8 @@ def _skeleton(options: Any, weights: bool) -> Any:
     with torch.device("meta"):
         if named:
             return named(config)
-        return (transformers.AutoModel if name else transformers.AutoModelForCausalLM).from_config(config)
+        causal = not name and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        return (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config)
 
 
 def _show_plan(model: Any, config: Any) -> None:
@@ -190,18 +191,21 @@ def _show_plan(model: Any, config: Any) -> None:
     dense = {name: _count(module) for name, module in model.named_modules() if type(module) in DENSE_TYPES}
     before = _count(model)
     get_efx_model(model, config, pretrained=bool(getattr(model.config, "name_or_path", "")))
-    plan = (efx_record(model) or {"methods": [{"modules": {}}]})["methods"][-1]["modules"]
+    plan = config.describe((efx_record(model) or {"methods": [{"modules": {}}]})["methods"][-1]["modules"])
     kinds: dict[tuple[str, str], list[str]] = {}
     for name in dense:
         pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        spec = ", ".join(f"{k} {v}" for k, v in plan[name].items()) if name in plan else "stays dense"
-        kinds.setdefault((pattern, spec), []).append(name)
+        kinds.setdefault((pattern, plan.get(name, "stays dense")), []).append(name)
     rows = []
     for (pattern, spec), names in kinds.items():
         old, new = sum(dense[n] for n in names), sum(_count(model.get_submodule(n)) for n in names)
         rows.append((pattern, len(names), spec, f"{old:,}", f"{new:,}", f"{new / old:.2f}"))
-    _print_table(("layer", "count", "plan", "parameters", "after", "ratio"), rows, right=(1, 3, 4, 5))
     after = _count(model)
+    if not config.changes_skeleton:
+        _print_table(("layer", "count", "plan"), [row[:3] for row in rows], right=(1,))
+        print(f"{type(model).__name__}: {after:,} parameters, as before; it acts in training steps alone.")
+        return
+    _print_table(("layer", "count", "plan", "parameters", "after", "ratio"), rows, right=(1, 3, 4, 5))
     print(f"{type(model).__name__}: {before:,} parameters before, {after:,} after ({after / before:.2f}).")
 
 

@@ -128,6 +128,7 @@ _ROWS = (
         task="dropout that makes the matrices smaller",
         config="hf_efx.slice_out.config.SliceOutConfig",
         options=("hf_efx.slice_out.config.SliceOutConfig",),
+        program="hf_efx.slice_out.program.main",
     ),
     Method(
         name="mc_dropout",

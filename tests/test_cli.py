@@ -35,9 +35,9 @@ def test_list_imports_nothing_heavy(run_python):
 
 
 def test_a_planned_method_ends_with_status_2_and_says_what_there_is(capsys):
-    assert cli.main(["slice-out", "--rank", "1"]) == 2
+    assert cli.main(["targeted-dropout", "--rank", "1"]) == 2
     message = capsys.readouterr().err
-    assert "slice-out (SliceOut) is planned" in message and "Available now: low-rank" in message
+    assert "targeted-dropout (Targeted dropout) is planned" in message and "Available now: low-rank" in message
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,18 @@ def test_plan_reads_a_checkpoint_of_any_kind_without_its_weights(tmp_path, capsy
     query = next(line for line in shown.splitlines() if "query" in line)
     assert numbers(query)[-3:] == ["272", "80", "0.29"]  # 16 * 16 + 16, and 2 * (16 + 16) + 16
     assert "BertForSequenceClassification" in shown and "classifier" in shown
+
+
+def test_plan_of_a_method_that_acts_in_training_alone(capsys):
+    argv = ["plan", "--method", "slice-out", "--config_overrides", TINY, "--rate", "{mlp: 0.5, attention: 0.25}"]
+    assert cli.main(argv) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
+    assert lines["transformer.h.*.attn.c_attn"].split()[1:] == ["2", *"emits 3 of 4 heads".split()]
+    assert lines["transformer.h.*.mlp.c_proj"].split()[1:] == ["2", *"reads 256 of 512 features".split()]
+    assert cli.main([*argv[:3], "--model_type", "resnet", "--rate", "0.5", "--layers_to_transform", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "emits 32 of 64 channels, reads 32 of 64 channels" in shown and "ResNetModel: " in shown
+    assert "stays dense" in lines["lm_head"] and "acts in training steps alone" in lines["GPT2LMHeadModel:"]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,14 @@ def test_factor_decay_under_fsdp_equals_one_process(two_processes: dict[str, Any
     assert two_processes["fsdp_decay"] < 1e-10
 
 
+def test_what_slices_do_to_the_average_of_gradients(two_processes: dict[str, Any]) -> None:
+    own, same = (two_processes["own_slices"][name] for name in ("own", "same"))
+    assert own["difference"] < 1e-10 and same["difference"] < 1e-10
+    assert (
+        same["units"] == 64 < own["units"] <= 128
+    )  # half of 128 hidden units, and more where two slices are averaged
+
+
 def test_factorised_from_the_start_in_two_processes(two_processes: dict[str, Any], tmp_path: Path) -> None:
     single = switch_trainer(tmp_path, dense_warmup_steps=0, gradient_accumulation_steps=2)
     single.train()

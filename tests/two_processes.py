@@ -106,6 +106,31 @@ def fsdp_decay_difference(row: Row) -> float:
     return largest(max((whole(p.detach()) - q).abs().max().item() for p, q in pairs))
 
 
+def own_slices(accelerator: Accelerator) -> dict[str, Any]:
+    """Slices of each process' own, or the same, under DDP: the gradient against the mean over processes."""
+    row = next(row for row in ROWS if row.id == "slice_out-gpt2")
+    results = {}
+    for same in (False, True):
+        fields = {"starts": "all", "same_on_all_ranks": same}
+        ddp, single = (row.build(**fields).double().train() for _ in range(2))
+        _gradient(row, accelerator.prepare(ddp), ddp, accelerator.process_index, accelerator.backward)
+        for rank in range(accelerator.num_processes):  # adds up
+            _gradient(row, single, single, rank, torch.Tensor.backward)
+        pairs = list(zip(ddp.parameters(), single.parameters(), strict=True))
+        far = max((p.grad - q.grad / accelerator.num_processes).abs().max().item() for p, q in pairs)  # pyright: ignore
+        hidden: Any = ddp.transformer.h[0].mlp.c_fc.bias.grad
+        results["same" if same else "own"] = {"difference": largest(far), "units": int((hidden != 0).sum())}
+    return results
+
+
+def _gradient(row: Row, model: Any, inner: Any, rank: int, backward: Any) -> None:
+    context: Any = step_context(inner)
+    context.rank = rank
+    context.begin_step(0)
+    share = BATCH // dist.get_world_size()
+    backward(model(**batch(row, 0, slice(rank * share, (rank + 1) * share))).loss)
+
+
 class Kill(TrainerCallback):
     """Ends a run at a step."""
 
@@ -189,6 +214,7 @@ def main(folder: Path) -> None:
         "peft": {row.id: ddp_difference(row, accelerator, part, "peft") for row in ROWS if row.peft_door},
         "fsdp": {row.id: fsdp_difference(row, part) for row in ROWS},
         "fsdp_decay": fsdp_decay_difference(next(row for row in ROWS if row.method == "low_rank")),
+        "own_slices": own_slices(accelerator),
         "from_start": from_start_losses(folder),
         "switch": switch_results(folder),
     }

@@ -3,7 +3,7 @@
 Only names stand here, never a copy of a model's forward. A new model type is a new row in `BLOCK_MAPS`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -40,15 +40,15 @@ class Block:
     """
 
     kind: str
-    emits: tuple[str, ...]
-    reads: tuple[str, ...]
-    norms: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
+    emits: Sequence[str]
+    reads: Sequence[str]
+    norms: Sequence[str] = ()
+    biases: Sequence[str] = ()
     head_dim: str | int | None = None
     fused: Mapping[str, int] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
     shared: bool = False
-    dropouts: tuple[str, ...] = ()
+    dropouts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

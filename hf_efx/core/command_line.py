@@ -124,11 +124,15 @@ def resume_point(value: str | None) -> str | bool | None:
 
 
 def config_option_fields(config: type) -> list[dataclasses.Field[Any]]:
-    """The fields of a method's config that are the method's own, with a help text, not those of every peft config."""
+    """The fields of a method's config that are the method's own, with a help text, not those of every peft config.
+
+    One whose metadata says `"command_line": False` holds more than words can say, and is left out.
+    """
     from peft import PeftConfig
 
     common = {f.name for f in dataclasses.fields(PeftConfig)}
-    return [f for f in dataclasses.fields(config) if f.init and f.name not in common]
+    own = (f for f in dataclasses.fields(config) if f.init and f.name not in common)
+    return [f for f in own if f.metadata.get("command_line", True)]
 
 
 def _value(words: Sequence[str], annotation: Any, name: str) -> Any:

@@ -109,6 +109,10 @@ class EfxMethodConfig(PeftConfig):
         """
         raise NotImplementedError
 
+    def describe(self, plan: dict[str, dict[str, Any]]) -> dict[str, str]:
+        """What the plan does to each module, in short, for `hf-efx plan`."""
+        return {name: ", ".join(f"{key} {value}" for key, value in spec.items()) for name, spec in plan.items()}
+
     def apply(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Carries the plan out, keeping or initialising values as the config says."""
         raise NotImplementedError

@@ -66,6 +66,10 @@ class TrainingClock(TrainerCallback):
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
 
+    def leave_out(self, seconds: float) -> None:
+        """Doesn't count what another callback took for itself at a step's end."""
+        self._since += seconds
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

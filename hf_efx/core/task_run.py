@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hf_efx.core.tasks import LearningTask, TaskOptions
 from hf_efx.registry import METHODS
 
 PLOT, RESULTS, RUN = "curves.png", "results.json", "run.json"
+COMPARED = "_compared"  # in the output folder; the Trainer pushes nothing that begins with an underscore
 _TRAINING = ("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "per_device_train_batch_size", "seed")
 
 
@@ -114,6 +115,68 @@ class Run:
             return None
         content = json.loads(file.read_text())
         return cls(**content) if content.pop("settings") == json.loads(json.dumps(settings)) else None
+
+
+def run_settings(args: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """What of the arguments a finished run must share to be taken for this one.
+
+    Args:
+        args: Training arguments.
+        names: A method's own ones among them.
+    """
+    common = ("max_steps", "num_train_epochs", "learning_rate", "seed", "per_device_train_batch_size")
+    return {name: getattr(args, name) for name in (*names, *common)}
+
+
+def compared_arguments(args: Any, name: str, **changed: Any) -> Any:
+    """The arguments of a run beside the program's own, which is kept in a folder below and pushed nowhere."""
+    folder = str(Path(str(args.output_dir), COMPARED, name))
+    alone: dict[str, Any] = {"push_to_hub": False, "report_to": [], "resume_from_checkpoint": None}
+    return dataclasses.replace(args, output_dir=folder, **alone, **changed)
+
+
+def train_run(
+    name: str,
+    trainer: Any,
+    task: LearningTask,
+    settings: Mapping[str, Any],
+    resume: Any = None,
+    save: bool = False,
+    figures: Callable[[Any], Mapping[str, Any]] | None = None,
+) -> Run:
+    """Trains and gathers the figures; all processes must call it.
+
+    Args:
+        name: Of the run.
+        trainer: With a `TrainingClock` among its callbacks.
+        task: The task.
+        settings: By which a resumed program knows the finished run.
+        resume: As in `Trainer.train`.
+        save: Whether to save the model and what makes its inputs.
+        figures: Gives a method's own figures of the trainer after training, on all processes.
+
+    Raises:
+        RuntimeError: If it fails after its first step.
+    """
+    folder = Path(str(trainer.args.output_dir))
+    if not resume and trainer.is_world_process_zero():
+        (folder / RUN).unlink(missing_ok=True)  # of another run
+    try:
+        output = trainer.train(resume)
+    except (ValueError, OSError, ImportError) as error:
+        if trainer.state.global_step:  # not the input's fault: a traceback, no short line
+            raise RuntimeError(f"{name} failed at step {trainer.state.global_step}") from error
+        raise
+    run = finish_run(name, trainer, task, output.metrics)
+    if figures is not None:
+        run.figures |= figures(trainer)
+    if save:
+        trainer.save_model(_internal_call=True)  # otherwise it would push before the card is there
+    if trainer.is_world_process_zero():
+        if save:
+            task.save_processor(folder)
+        run.save(folder, settings)
+    return run
 
 
 def finish_run(name: str, trainer: Trainer, task: LearningTask, output: Mapping[str, float]) -> Run:

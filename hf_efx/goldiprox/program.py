@@ -29,6 +29,7 @@ from hf_efx.core.task_run import (
     RUN,
     Run,
     RunOptions,
+    compared_arguments,
     data_settings,
     end_processes,
     program_defaults,
@@ -43,7 +44,7 @@ from hf_efx.goldiprox.sequence import SelectionSequence
 from hf_efx.goldiprox.trainer import GoldiProxTrainer
 from hf_efx.rho_loss.arguments import RHOLossArguments
 from hf_efx.rho_loss.irreducible_run import IrreducibleOptions, how_made, with_holdout_share
-from hf_efx.rho_loss.program import COMPARED, prepare, run_settings, train_run
+from hf_efx.rho_loss.program import prepare, run_settings, train_run
 
 # In the output folder. The Trainer pushes nothing that begins with an underscore.
 SEQUENCE, SELECTING = "sequence", "_selecting"
@@ -243,9 +244,8 @@ def _replay(
 
 def _uniform(task: LearningTask, model_options: TaskModelOptions, args: Any, steps: int) -> Run:
     """The model trained by a plain Trainer on random examples."""
-    folder = Path(str(args.output_dir), COMPARED, "uniform")
-    changed: dict[str, Any] = {"push_to_hub": False, "report_to": [], "resume_from_checkpoint": None}
-    own = dataclasses.replace(args, output_dir=str(folder), max_steps=steps, **changed)
+    own = compared_arguments(args, "uniform", max_steps=steps)
+    folder = Path(str(own.output_dir))
     resume = resume_point(args.resume_from_checkpoint) is not None
     if resume and (done := Run.load(folder, run_settings(own))):
         return done

@@ -19,6 +19,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from hf_efx.core import task_run
 from hf_efx.core.checkpoints import last_complete_checkpoint
 from hf_efx.core.command_line import OptionParser, resume_point
 from hf_efx.core.model_options import checkpoint_config
@@ -27,11 +28,10 @@ from hf_efx.core.step_cost import TrainingClock
 from hf_efx.core.tables import settings_of
 from hf_efx.core.task_data import load_task
 from hf_efx.core.task_run import (
-    RUN,
     Run,
     RunOptions,
+    compared_arguments,
     data_settings,
-    finish_run,
     program_defaults,
     push_and_end,
     set_up_logging,
@@ -49,8 +49,6 @@ from hf_efx.rho_loss.irreducible_run import (
 from hf_efx.rho_loss.report import means
 from hf_efx.rho_loss.selection import get_selection_function
 from hf_efx.rho_loss.trainer import RHOLossTrainer
-
-COMPARED = "_compared"  # in the output folder; the Trainer pushes nothing that begins with an underscore
 
 
 @dataclass
@@ -189,10 +187,9 @@ def _compared(
     changed: dict[str, Any] = {"selection": name, "max_steps": steps}
     if name == "uniform":  # what a plain Trainer does, bit for bit, at its cost
         changed |= {"selection_ratio": 1.0, "rescore_every": 1, "preset": None, "train_scoring_model": False}
-    folder = Path(str(args.output_dir), COMPARED, name)
-    changed |= {"output_dir": str(folder), "push_to_hub": False, "report_to": [], "resume_from_checkpoint": None}
     resume = resume_point(args.resume_from_checkpoint) is not None
-    args = dataclasses.replace(args, **changed)
+    args = compared_arguments(args, name, **changed)
+    folder = Path(str(args.output_dir))
     if resume and (done := Run.load(folder, run_settings(args))):
         return done
     trainer = RHOLossTrainer(
@@ -214,7 +211,7 @@ def train_run(
     save: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> Run:
-    """Trains and gathers the figures, those of the selection report among them; all processes must call it.
+    """`task_run.train_run` with the figures of the selection report among the others.
 
     Args:
         name: Of the run.
@@ -224,29 +221,16 @@ def train_run(
         save: Whether to save the model and what makes its inputs.
         settings: By which a resumed program knows the finished run; None for `run_settings`.
     """
-    folder = Path(str(trainer.args.output_dir))
-    if not resume and trainer.is_world_process_zero():
-        (folder / RUN).unlink(missing_ok=True)  # of another run
-    try:
-        output = trainer.train(resume)
-    except (ValueError, OSError, ImportError) as error:
-        if trainer.state.global_step:  # not the input's fault: a traceback, no short line
-            raise RuntimeError(f"{name} failed at step {trainer.state.global_step}") from error
-        raise
-    run = finish_run(name, trainer, task, output.metrics)
+    settings = settings or run_settings(trainer.args)
+    return task_run.train_run(name, trainer, task, settings, resume, save, _selection_figures)
+
+
+def _selection_figures(trainer: Any) -> dict[str, Any]:
     report = getattr(trainer, "selection_report", None)
-    if report is not None:
-        run.figures |= means(report.totals(trainer.args.device)[0])
-    if save:
-        trainer.save_model(_internal_call=True)  # otherwise it would push before the card is there
-    if trainer.is_world_process_zero():
-        if save:
-            task.save_processor(folder)
-        run.save(folder, settings or run_settings(trainer.args))
-    return run
+    return {} if report is None else means(report.totals(trainer.args.device)[0])
 
 
 def run_settings(args: Any) -> dict[str, Any]:
     """What of the arguments a finished run must share to be taken for this one."""
     names = [f.name for f in dataclasses.fields(RHOLossArgumentsMixin) if hasattr(args, f.name)]
-    return {name: getattr(args, name) for name in (*names, "max_steps", "num_train_epochs", "learning_rate", "seed")}
+    return task_run.run_settings(args, names)

@@ -327,6 +327,23 @@ def owner_of(path: str) -> tuple[str, str]:
     return owner, attribute
 
 
+def own_dropouts(model: nn.Module, config: "SliceOutConfig") -> dict[str, float]:
+    """The model's own dropouts on the blocks that a config slices: the attribute's path -> that block's rate.
+
+    Where blocks share one, the highest of their rates.
+
+    Raises:
+        ValueError: As `choose_blocks`.
+    """
+    chosen = choose_blocks(model, config)
+    rates = block_rates(all_blocks(model, config), config)
+    result: dict[str, float] = {}
+    for block in chosen:
+        for path in map(block.path, block.block.dropouts):
+            result[path] = max(result.get(path, 0.0), rates[block.name])
+    return result
+
+
 def _dropouts(model: nn.Module, found: list[FoundBlock], chosen: list[FoundBlock]) -> list[tuple[str, str, float]]:
     """Dropouts on sliced blocks, as (module, attribute, probability).
 

@@ -1,5 +1,6 @@
 """SliceOutCallback: SliceOut under any Trainer, with the widths and the time saved in its logs."""
 
+import time
 from statistics import fmean
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_efx.core.step_context import StepContextCallback
+from hf_efx.core.step_cost import TrainingClock
 from hf_efx.slice_out.layers import Span
 from hf_efx.slice_out.report import Passes, output_loss
 from hf_efx.slice_out.spans import spans_of
@@ -21,15 +23,16 @@ class SliceOutCallback(StepContextCallback):
         measure_time: Whether to time the run's first batch after its first step, a few forward and backward passes,
             dense and sliced; the figures on time come from it. It changes nothing of the training. It is left out
             where parameters are sharded (FSDP, DeepSpeed) and under torch_compile.
+        clock: A clock of the same Trainer that isn't to count this measurement.
 
     Raises:
         ValueError: When training begins, if the model has no slices, the run would have no sliced step, or it asks for
             a KV cache.
     """
 
-    def __init__(self, measure_time: bool = True) -> None:
+    def __init__(self, measure_time: bool = True, clock: TrainingClock | None = None) -> None:
         super().__init__()
-        self.measure_time = measure_time
+        self.measure_time, self.clock = measure_time, clock
         self.spans: list[Span] = []
         self._batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._hook: Any = None
@@ -101,9 +104,12 @@ class SliceOutCallback(StepContextCallback):
         if self._batch is None:
             return
         (args, kwargs), self._batch = self._batch, None
+        start = time.perf_counter()
         passes = Passes(model, lambda: output_loss(model(*args, **kwargs)))
         with passes.undisturbed():
             self._times = passes.seconds(rounds=2)
+        if self.clock is not None:
+            self.clock.leave_out(time.perf_counter() - start)
 
     def metrics(self) -> dict[str, float]:
         """The share of units that the last step kept, by kind of block, and the time saved."""

@@ -1,6 +1,7 @@
 """SliceOutConfig: which blocks are sliced, at which rate, and how slices are drawn."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from hf_efx.core.block_map import KINDS, Block
 from hf_efx.core.method_config import EfxMethodConfig
 from hf_efx.core.peft_bridge import EfxType, RefusingTuner, register_adapter
 from hf_efx.slice_out.blocks import choose_blocks, plan_blocks
-from hf_efx.slice_out.schedule import NORMALIZATIONS, STARTS
+from hf_efx.slice_out.schedule import NORMALIZATIONS, STARTS, slice_width
 from hf_efx.slice_out.spans import put_on, take_off
 
 ATTENTION = ("heads", "head_dim")
@@ -45,7 +46,7 @@ class SliceOutConfig(EfxMethodConfig):
             "`rate`: {'h.0.mlp.c_fc': 0.1}. Rate 0 leaves a block dense."
         },
     )
-    targets: tuple[str, ...] = field(
+    targets: Sequence[str] = field(
         default=KINDS,
         metadata={
             "help": "Kinds of blocks to slice, of 'mlp' (hidden features), 'attention' (heads) and 'conv' (channels "
@@ -116,7 +117,8 @@ class SliceOutConfig(EfxMethodConfig):
         default=None,
         metadata={
             "help": "The blocks of a model that hf_efx doesn't know, or others than it knows of: "
-            "[Block('mlp', emits=['fc1'], reads=['fc2'])]."
+            "[Block('mlp', emits=['fc1'], reads=['fc2'])].",
+            "command_line": False,
         },
     )
     target_modules: list[str] | str | None = field(
@@ -147,16 +149,18 @@ class SliceOutConfig(EfxMethodConfig):
             self.blocks = [_block(entry) for entry in self.blocks]
 
     def _check_targets(self) -> None:
-        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        if not targets or not set(targets) <= set(KINDS):
+        targets: Any = (self.targets,) if isinstance(self.targets, str) else self.targets
+        if not isinstance(targets, (list, tuple, set)) or not targets or any(kind not in KINDS for kind in targets):
             raise ValueError(f"targets={self.targets!r}: expected some of {', '.join(KINDS)}.")
-        self.targets = targets
+        self.targets = tuple(kind for kind in KINDS if kind in targets)
 
     def _check_rates(self) -> None:
         by_kind = self.rate if isinstance(self.rate, dict) else {}
         unknown = sorted(set(by_kind) - set(self.targets))
         if unknown:
             raise ValueError(f"rate={self.rate!r} names {unknown[0]!r}, which isn't among targets={self.targets!r}.")
+        if not isinstance(self.rate_pattern, dict):
+            raise ValueError(f"rate_pattern={self.rate_pattern!r}: expected a dict, such as {{'h.0.mlp.c_fc': 0.1}}.")
         rates = {f"rate[{kind!r}]": rate for kind, rate in by_kind.items()} or {"rate": self.rate}
         rates |= {f"rate_pattern[{pattern!r}]": rate for pattern, rate in self.rate_pattern.items()}
         for name, rate in rates.items():
@@ -189,6 +193,27 @@ class SliceOutConfig(EfxMethodConfig):
             ValueError: Where a block can't be sliced as the config says; the reason and the way out are named.
         """
         return plan_blocks(model, self, choose_blocks(model, self))
+
+    def describe(self, plan: dict[str, dict[str, Any]]) -> dict[str, str]:
+        """See `EfxMethodConfig.describe`."""
+        spans = {spec["emits"]["span"]: spec["span"] for spec in plan.values() if "span" in spec}
+        roles = {"emits": "emits", "channels": "normalises", "reads": "reads"}
+        result = {}
+        for name, spec in plan.items():
+            parts = []
+            for role, verb in roles.items():
+                if role in spec:
+                    span = spans[spec[role]["span"]]
+                    width = slice_width(span["size"], span["rate"], span["align"])
+                    parts.append(f"{verb} {width} of {span['size']} {self._units(span['kind'])}")
+            if parts:
+                result[name] = ", ".join(parts)
+        return result
+
+    def _units(self, kind: str) -> str:
+        if kind == "attention":
+            return "heads" if self.attention == "heads" else "features of each head"
+        return "features" if kind == "mlp" else "channels"
 
     def apply(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Gives the planned modules their sliced classes; what is on already stays as it is."""

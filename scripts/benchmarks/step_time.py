@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,6 +78,24 @@ def training_flops(model: nn.Module, step: Callable[[], Any]) -> int:
         step()
     model.set_attn_implementation(implementation)  # pyright: ignore
     return counter.get_total_flops()
+
+
+def saved_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
+    """Bytes of the storages that autograd keeps for a step's backward pass, without parameters and buffers."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return total
 
 
 def time_floor(share: float, flop_ratio: float) -> float:

@@ -101,6 +101,7 @@ def test_model_init_gets_its_slices_moved(tmp_path: Path) -> None:
 
 def test_a_loaded_model_trains_dense_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sliced().save_pretrained(tmp_path / "saved")
+    caplog.set_level(logging.WARNING, "hf_efx")  # the command line sets it for the whole process
     _, shares = run(EfxTrainer, GPT2.auto.from_pretrained(tmp_path / "saved"), tmp_path, max_steps=1)
     assert shares == [0.0] and "config.efx names slice_out, which loading doesn't put back" in caplog.text
     caplog.clear()
