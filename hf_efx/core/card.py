@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_efx.core.evidence import claims_table, summary_table, versions, write_atomically
 
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
@@ -100,7 +100,7 @@ def write_model_card(
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         **metadata,
     )
-    body = _TEMPLATES.get_template("model_card.md.jinja").render(
+    body = TEMPLATES.get_template("model_card.md.jinja").render(
         model_name=model_name,
         description=description,
         auto_class=auto_class,
@@ -109,9 +109,9 @@ def write_model_card(
         results=markdown_table(*_results_table(results)) if results else "",
         comparison=markdown_table(*comparison) if comparison else "",
         plot=plot,
-        configuration=_settings_table(configuration),
-        training=_settings_table(training),
-        versions=_settings_table(versions()),
+        configuration=settings_table(configuration),
+        training=settings_table(training),
+        versions=settings_table(versions()),
         citations=citations,
     )
     card = ModelCard(
@@ -145,7 +145,7 @@ def render_result_card(results: Mapping[str, Any], *, method: MethodRow, source:
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         **results.get("settings", {}),
     }
-    return _TEMPLATES.get_template("result_card.md.jinja").render(
+    return TEMPLATES.get_template("result_card.md.jinja").render(
         results={"headline": "", "notes": [], **results},
         title=results.get("title") or method.title,
         method=method,
@@ -154,7 +154,7 @@ def render_result_card(results: Mapping[str, Any], *, method: MethodRow, source:
         plot=f"../{posixpath.join(posixpath.dirname(source), plot)}" if plot else None,
         claims=markdown_table(*claims_table(results["claims"])) if results["claims"] else "",
         held=sum(bool(claim["holds"]) for claim in results["claims"]),
-        run=_settings_table(run),
+        run=settings_table(run),
     )
 
 
@@ -165,7 +165,8 @@ def markdown_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _settings_table(settings: Mapping[str, Any] | None) -> str:
+def settings_table(settings: Mapping[str, Any] | None) -> str:
+    """Nested settings as a Markdown table of two columns; empty where there are none."""
     if not settings:
         return ""
     return markdown_table(("setting", "value"), [(name, f"`{value}`") for name, value in _flat(settings)])

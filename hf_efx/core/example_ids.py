@@ -201,16 +201,16 @@ def table_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
     return pa.chunked_array([dataset.data.column(name).combine_chunks().take(rows)])
 
 
-def _by_chunk(borders: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray | slice]]:
-    """Chunk after chunk with the places of the values that belong to it; `borders`: where chunks 1, 2, ... begin."""
-    if not len(borders):
-        yield 0, slice(None)
-        return
+def _by_chunk(borders: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Chunk after chunk with the places of the values that belong to it; `borders`: where chunks 1, 2, ... begin.
+
+    Ascending by value within a chunk: neighbouring look-ups share pages and caches.
+    """
     if not len(values):
         return
-    where = np.searchsorted(borders, values, "right")
-    order = np.argsort(where, kind="stable")
-    chunks, starts = np.unique(where[order], return_index=True)
+    order = np.argsort(values)
+    where = np.searchsorted(borders, values[order], "right")
+    chunks, starts = np.unique(where, return_index=True)
     for chunk, start, stop in zip(chunks.tolist(), starts, np.append(starts, len(order))[1:], strict=True):
         yield chunk, order[start:stop]
 

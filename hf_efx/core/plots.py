@@ -14,7 +14,7 @@ def matplotlib_pyplot() -> Any:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError as error:
         raise ImportError(
-            "plot=True needs matplotlib: install it with pip install 'hf_efx[plot]', or pass --plot false."
+            "Plots need matplotlib: install it with pip install 'hf_efx[plot]', or pass --plot false."
         ) from error
     matplotlib.use("Agg")
     return importlib.import_module("matplotlib.pyplot")

@@ -14,7 +14,7 @@ from datasets import Dataset
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from hf_efx.core.card import _TEMPLATES, _settings_table, markdown_table
+from hf_efx.core.card import TEMPLATES, markdown_table, settings_table
 from hf_efx.core.evidence import versions, write_atomically
 from hf_efx.core.plots import matplotlib_pyplot
 
@@ -125,12 +125,12 @@ def write_table_card(
         (f"`{name}`", f"`{_type(kind)}`", card.columns.get(name, "")) for name, kind in dataset.features.items()
     ]
     figures = [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in card.figures.items()]
-    body = _TEMPLATES.get_template("table_card.md.jinja").render(
+    body = TEMPLATES.get_template("table_card.md.jinja").render(
         card=card,
         columns=markdown_table(("column", "type", "meaning"), columns),
         figures=markdown_table(("figure", "value"), figures),
-        settings=_settings_table(settings),
-        versions=_settings_table(versions()),
+        settings=settings_table(settings),
+        versions=settings_table(versions()),
         plot=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
         source=source,
         hub=hub,

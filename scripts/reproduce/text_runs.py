@@ -246,18 +246,24 @@ def _lm_table(
     if figures.exists():
         return load_irreducible_losses(folder), json.loads(figures.read_text())["seconds"]
     shutil.rmtree(folder, ignore_errors=True)
+    trained = folder.with_name(f"lm-model-{job.seed}")  # one for both granularities
     start = time.process_time()
-    with tempfile.TemporaryDirectory() as temporary:
-        args = arguments(
-            temporary, 100 + job.seed, math.ceil(0.75 * job.steps), learning_rate=4e-3, lr_scheduler_type="linear",
-            selection_ratio=1.0, per_device_train_batch_size=2 * LM_BATCH, report_selection=False,
-        )  # fmt: skip
-        trainer = RHOLossTrainer(model, args, train_dataset=holdout, data_collator=collator)
-        trainer.train()
+    if not (trained / "seconds.json").exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            args = arguments(
+                temporary, 100 + job.seed, math.ceil(1.5 * job.steps), learning_rate=4e-3, lr_scheduler_type="linear",
+                selection_ratio=1.0, per_device_train_batch_size=2 * LM_BATCH, report_selection=False,
+            )  # fmt: skip
+            trainer = RHOLossTrainer(model, args, train_dataset=holdout, data_collator=collator)
+            trainer.train()
+        model.save_pretrained(trained)
+        (trained / "seconds.json").write_text(json.dumps(time.process_time() - start))
+        start = time.process_time()
+    model = type(model).from_pretrained(trained)
     table = compute_irreducible_losses(
         model, target, data_collator=collator, batch_size=64, granularity=granularity,
         fingerprint_columns=["input_ids"], output_dir=folder, remove_unused_columns=True,
     )  # fmt: skip
-    seconds = time.process_time() - start
+    seconds = json.loads((trained / "seconds.json").read_text()) + time.process_time() - start
     figures.write_text(json.dumps({"seconds": seconds}))
     return table, seconds
