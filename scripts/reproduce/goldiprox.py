@@ -234,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Evaluated every {every} steps on up to {TESTED:,} clean test images; the best of these counts.",
             "Seconds are CPU seconds of one thread, the Trainer's making and loading included, evaluation not.",
             "The proxy's own training and the table are not in a replay's time: a sequence is made once and shared.",
+            f"Evaluated on up to {TESTED:,} clean test images.",
         ],
     )
     print_results(results)
