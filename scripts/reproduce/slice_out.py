@@ -305,7 +305,8 @@ COLUMNS = [
 NOTES = [
     "Seconds are CPU seconds of one thread inside the Trainer's loop: loading and steps; evaluation is left out.",
     f"A figure is the mean of the last {SMOOTHED} of {EVALUATIONS} evaluations, since single ones are noisy at a "
-    "constant rate of learning; at equal time both curves are read, smoothed and interpolated, where the faster run ended.",
+    "constant rate of learning; at equal time both curves are read, smoothed and interpolated, where the faster run "
+    "ended.",
     "lm: `dropout` is GPT-2's own: resid_pdrop and attn_pdrop. Attention dropout takes the CPU's fast attention away; "
     "`dropout, none in attention` has resid_pdrop alone.",
     "Within noise, set before the run: at most half a point of accuracy, or 1% of perplexity.",

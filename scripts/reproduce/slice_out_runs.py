@@ -8,10 +8,10 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -164,7 +164,13 @@ class Rows(torch.utils.data.Dataset):
 
 
 def prepare(
-    images: str | None, text: str | None, folder: Path, parts: list[str]
+    images: str | None,
+    text: str | None,
+    folder: Path,
+    parts: Sequence[str],
+    *,
+    images_kept: int = IMAGES,
+    blocks_kept: int = BLOCKS,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Writes the arrays that all runs read; returns their sources' names and fingerprints, and their lengths."""
     from hf_efx.core.image_data import load_images
@@ -173,21 +179,26 @@ def prepare(
     names, prints, sizes = [], [], {}
     if "cnn" in parts:
         loaded = load_images(images)
-        chosen = {"train": IMAGES, "validation": TESTED}
+        chosen = {"train": images_kept, "validation": TESTED}
         splits = {k: v.shuffle(seed=0).select(range(min(chosen[k], len(v)))) for k, v in loaded.splits.items()}
         pixels = {k: v["pixel_values"][:].reshape(-1, *loaded.shape).astype(np.float32) for k, v in splits.items()}
         mean, std = pixels["train"].mean(), pixels["train"].std()
-        arrays = {"pixels": (pixels["train"] - mean) / std, "labels": splits["train"]["label"][:]}
-        arrays |= {"test_pixels": (pixels["validation"] - mean) / std, "test_labels": splits["validation"]["label"][:]}
-        np.savez(folder / "cnn.npz", **arrays)
+        np.savez(
+            folder / "cnn.npz",
+            pixels=(pixels["train"] - mean) / std,
+            labels=np.asarray(splits["train"]["label"][:]),
+            test_pixels=(pixels["validation"] - mean) / std,
+            test_labels=np.asarray(splits["validation"]["label"][:]),
+        )
         names.append(f"{len(pixels['train']):,} images of {loaded.name}")
         prints.append(content_fingerprint(splits["train"]))
         sizes["cnn"] = len(pixels["train"])
     if "lm" in parts:
         parts_of_text = load_text(text)
-        paragraphs = parts_of_text["train"].shuffle(seed=0).select(range(min(6000, len(parts_of_text["train"]))))
+        most = min(30 * blocks_kept, len(parts_of_text["train"]))  # more than the blocks take
+        paragraphs = parts_of_text["train"].shuffle(seed=0).select(range(most))
         tokenizer = train_tokenizer(paragraphs, VOCABULARY)
-        blocks = tokenize_blocks(paragraphs, tokenizer, BLOCK).with_format("numpy")["input_ids"][:BLOCKS]
+        blocks = tokenize_blocks(paragraphs, tokenizer, BLOCK).with_format("numpy")["input_ids"][:blocks_kept]
         held_out = tokenize_blocks(parts_of_text["validation"].shuffle(seed=0), tokenizer, BLOCK)
         tested = held_out.with_format("numpy")["input_ids"][:EVALUATION_BLOCKS]
         np.savez(folder / "lm.npz", tokens=blocks.astype(np.int64), test_tokens=tested.astype(np.int64))
@@ -216,49 +227,83 @@ def evaluation(part: str, data: Mapping[str, Any]) -> Callable[[nn.Module], floa
     return evaluate
 
 
-def run(job: Job, queue: Any, folder: str, evaluations: int, **_: Any) -> dict[str, Any]:
-    """Trains one configuration in this process, on one thread, and returns its row."""
+def dataset(part: str, data: Mapping[str, Any]) -> Rows:
+    """The training data under the names that the models take."""
+    if part == "lm":
+        return Rows(input_ids=data["tokens"], labels=data["tokens"])
+    return Rows(pixel_values=data["pixels"], labels=data["labels"])
+
+
+def load(part: str, folder: str) -> dict[str, Any]:
+    """The arrays that `prepare` wrote, as tensors; for a process of one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    with np.load(Path(folder, f"{part}.npz")) as arrays:
+        return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+
+def fit(
+    model: nn.Module, rows: Rows, watch: Any, seed: int, steps: int, callbacks: list[Any], **options: Any
+) -> float:
+    """Trains under transformers' Trainer, without weight decay; returns the last logged training loss.
+
+    Args:
+        model: It takes a batch of `rows` by name.
+        rows: The training data.
+        watch: Of `clock_and_curve`; its clock starts here.
+        seed: Of the order.
+        steps: Optimizer steps.
+        callbacks: Before the watch.
+        **options: Of TrainingArguments.
+    """
     import transformers
 
-    from hf_efx.slice_out import SliceOutCallback
-
-    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    part = job.configuration.partition(": ")[0]
-    configuration: Configuration = job.options["configuration"]
-    with np.load(Path(folder, f"{part}.npz")) as arrays:
-        data = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    model = new_model(part, configuration, job.seed, job.steps, data)
-    if part == "cnn":
-        dataset = Rows(pixel_values=data["pixels"], labels=data["labels"])
-    else:
-        dataset = Rows(input_ids=data["tokens"], labels=data["tokens"])
-    watch = clock_and_curve(evaluation(part, data), max(job.steps // evaluations, 1), queue)
     with tempfile.TemporaryDirectory() as output:
         args = transformers.TrainingArguments(
             output,
-            max_steps=job.steps,
-            learning_rate=RATES[part],
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=round(WARMUP * job.steps),
-            per_device_train_batch_size=BATCHES[part],
+            max_steps=steps,
             weight_decay=0.0,
-            logging_steps=max(job.steps // evaluations, 1),
             save_strategy="no",
             remove_unused_columns=False,
             dataloader_drop_last=True,
             report_to=[],
             disable_tqdm=True,
             use_cpu=True,
-            seed=job.seed,
-            data_seed=job.seed,
+            seed=seed,
+            data_seed=seed,
+            **options,
         )
-        callbacks = [SliceOutCallback(measure_time=False)] if configuration.kind == "slice_out" else []
+        collate = cast(Any, lambda batch: batch)  # the rows come as whole batches
         trainer = transformers.Trainer(
-            model, args, train_dataset=dataset, data_collator=lambda batch: batch, callbacks=[*callbacks, watch]
+            model, args, train_dataset=rows, data_collator=collate, callbacks=[*callbacks, watch]
         )
         watch.start = time.process_time()
         quiet(trainer).train()
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    return {"steps": job.steps, "seconds": watch.curve[-1][1], "training_loss": losses[-1], "curve": watch.curve}
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log][-1]
+
+
+def run(job: Job, queue: Any, folder: str, evaluations: int, **_: Any) -> dict[str, Any]:
+    """Trains one configuration in this process, on one thread, and returns its row."""
+    from hf_efx.slice_out import SliceOutCallback
+
+    part = job.configuration.partition(": ")[0]
+    configuration: Configuration = job.options["configuration"]
+    data = load(part, folder)
+    model = new_model(part, configuration, job.seed, job.steps, data)
+    every = max(job.steps // evaluations, 1)
+    watch = clock_and_curve(evaluation(part, data), every, queue)
+    loss = fit(
+        model,
+        dataset(part, data),
+        watch,
+        job.seed,
+        job.steps,
+        [SliceOutCallback(measure_time=False)] if configuration.kind == "slice_out" else [],
+        learning_rate=RATES[part],
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=round(WARMUP * job.steps),
+        per_device_train_batch_size=BATCHES[part],
+        logging_steps=every,
+    )
+    return {"steps": job.steps, "seconds": watch.curve[-1][1], "training_loss": loss, "curve": watch.curve}
