@@ -215,7 +215,7 @@ def evaluation(part: str, data: Mapping[str, Any]) -> Callable[[nn.Module], floa
         training = model.training
         model.eval()
         with torch.no_grad():
-            if part == "cnn":
+            if part != "lm":
                 logits = torch.cat([model(x)["logits"] for x in data["test_pixels"].split(500)])
                 figure = float((logits.argmax(1) == data["test_labels"]).float().mean())
             else:
