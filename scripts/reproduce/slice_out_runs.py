@@ -180,8 +180,12 @@ def prepare(
     if "cnn" in parts:
         loaded = load_images(images)
         chosen = {"train": images_kept, "validation": TESTED}
-        splits = {k: v.shuffle(seed=0).select(range(min(chosen[k], len(v)))) for k, v in loaded.splits.items()}
-        pixels = {k: v["pixel_values"][:].reshape(-1, *loaded.shape).astype(np.float32) for k, v in splits.items()}
+        splits = {
+            k: loaded.splits[k].shuffle(seed=0).select(range(min(n, len(loaded.splits[k])))) for k, n in chosen.items()
+        }
+        pixels = {
+            k: np.asarray(v["pixel_values"][:], np.float32).reshape(-1, *loaded.shape) for k, v in splits.items()
+        }
         mean, std = pixels["train"].mean(), pixels["train"].std()
         np.savez(
             folder / "cnn.npz",
@@ -198,9 +202,11 @@ def prepare(
         most = min(30 * blocks_kept, len(parts_of_text["train"]))  # more than the blocks take
         paragraphs = parts_of_text["train"].shuffle(seed=0).select(range(most))
         tokenizer = train_tokenizer(paragraphs, VOCABULARY)
-        blocks = tokenize_blocks(paragraphs, tokenizer, BLOCK).with_format("numpy")["input_ids"][:blocks_kept]
+        blocks = np.asarray(
+            tokenize_blocks(paragraphs, tokenizer, BLOCK).with_format("numpy")["input_ids"][:blocks_kept]
+        )
         held_out = tokenize_blocks(parts_of_text["validation"].shuffle(seed=0), tokenizer, BLOCK)
-        tested = held_out.with_format("numpy")["input_ids"][:EVALUATION_BLOCKS]
+        tested = np.asarray(held_out.with_format("numpy")["input_ids"][:EVALUATION_BLOCKS])
         np.savez(folder / "lm.npz", tokens=blocks.astype(np.int64), test_tokens=tested.astype(np.int64))
         names.append(f"{blocks.size:,} tokens of {source_name(text)}")
         prints.append(content_fingerprint(paragraphs))
