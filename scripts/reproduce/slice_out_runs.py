@@ -91,7 +91,7 @@ def put_dropout(model: nn.Module, kind: str, rate: float, rows: Any) -> None:
     from hf_efx.core.block_map import find_blocks
 
     for block in find_blocks(model, rows):
-        drop = F.dropout2d if kind == "channels" and block.block.kind == "conv" else F.dropout
+        drop: Any = F.dropout2d if kind == "channels" and block.block.kind == "conv" else F.dropout
         for name in map(block.path, block.block.reads):
             reader = model.get_submodule(name)
             reader.register_forward_pre_hook(
