@@ -100,12 +100,29 @@ def test_noisy_images_halve_the_training_set_and_say_where_labels_are_wrong():
     assert output["logits"].shape == (4, 10) and output["loss"].ndim == 0
 
 
+def test_slice_out_is_read_at_the_time_at_which_the_faster_run_ended():
+    sys.path.insert(0, str(SCRIPTS / "reproduce"))
+    study = load("reproduce/slice_out.py")
+    dropout = [(10, 2.0, 0.3), (20, 4.0, 0.6), (30, 6.0, 0.9), (40, 8.0, 0.9)]
+    fast = [(10, 1.5, 0.3), (20, 3.0, 0.9), (30, 4.5, 0.6), (40, 5.0, 0.9)]
+    # Means of the last three: dropout .3 .45 .6 .8; at 5 s half way between .45 and .6.
+    assert study.at_equal_time(fast, dropout) == pytest.approx((0.8, 0.525))
+    rows = [
+        {"part": "cnn", "seed": 0, "configuration": f"cnn: {name}", "steps": 40, "curve": curve}
+        for name, curve in (("dropout", dropout), ("SliceOut, flow", fast))
+    ]
+    base, row = study.against_dropout(rows)
+    assert (base["time_share"], base["figure"], base["milliseconds"]) == (1.0, pytest.approx(0.8), 200.0)
+    assert (row["time_share"], row["dropout_at_time"]) == (0.625, pytest.approx(0.525))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [
         *("reproduce/low_rank.py", "benchmarks/low_rank.py"),
         *("reproduce/rho_loss.py", "reproduce/goldiprox.py", "benchmarks/rho_loss.py"),
+        "reproduce/slice_out.py",
     ],
 )
 def test_smoke_run(program, tmp_path):
