@@ -4,6 +4,7 @@ Each run trains on one thread. Its seconds are CPU seconds of its process inside
 out: other processes on the machine hardly change them.
 """
 
+import functools
 import math
 import os
 import tempfile
@@ -91,12 +92,13 @@ def put_dropout(model: nn.Module, kind: str, rate: float, rows: Any) -> None:
     from hf_efx.core.block_map import find_blocks
 
     for block in find_blocks(model, rows):
-        drop: Any = F.dropout2d if kind == "channels" and block.block.kind == "conv" else F.dropout
+        drop = F.dropout2d if kind == "channels" and block.block.kind == "conv" else F.dropout
         for name in map(block.path, block.block.reads):
-            reader = model.get_submodule(name)
-            reader.register_forward_pre_hook(
-                lambda module, args, drop=drop: (drop(args[0], rate, module.training), *args[1:])
-            )
+            model.get_submodule(name).register_forward_pre_hook(functools.partial(_drop_inputs, drop, rate))
+
+
+def _drop_inputs(drop: Callable[..., torch.Tensor], rate: float, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    return drop(args[0], rate, module.training), *args[1:]
 
 
 def put_layerdrop(layers: nn.ModuleList, rate: float) -> None:
