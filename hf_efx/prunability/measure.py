@@ -1,0 +1,341 @@
+"""Prunability: the smallest fraction of weights that can be kept without harming the loss on the training data.
+
+"Robustness to Pruning Predicts Generalization in Deep Neural Networks", Kuhn et al. 2021, arXiv 2103.06002. Of two
+networks with one training loss the one that stands more pruning should generalize better. No retraining, no
+validation set: the loss is that of a fixed sample of the training data.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from huggingface_hub import EvalResult
+from torch import nn
+
+from hf_efx.core.curves import PruningCurve
+from hf_efx.core.plots import matplotlib_pyplot
+from hf_efx.core.scoring_state import scoring_state, unwrap_model
+from hf_efx.prunability.sample import EvaluateLoss, Sample
+from hf_efx.prunability.weights import Criterion, Scope, WeightOrder, prunable_weights
+
+ToleranceMode = Literal["relative", "absolute"]
+
+STEPS = 100  # grid points; bisection finds one of them in 7 evaluations, and 2 more look at the whole model
+_BOOTSTRAP = 1000
+_REPEAT = 1e-5  # two evaluations of one model may differ by this share: sums on a GPU have no fixed order
+
+
+@dataclass(frozen=True)
+class PrunabilityResult:
+    """What was found, and on what.
+
+    Attributes:
+        fraction: The smallest fraction kept, on a grid of hundredths, above which the loss stays within the tolerance
+            at all that was evaluated. 1 if nothing may go.
+        curve: The loss over the fraction *pruned*, 1 - kept, at all that was evaluated.
+        evaluations: Of the loss over the whole sample.
+        interval: 95% interval of `fraction` by bootstrap over examples; None for a loss that is one number. Between
+            evaluated fractions the loss is taken to be linear, so it is wider than a grid step only where the sample
+            makes it so.
+        lowest: The smallest fraction of the grid that stays within the tolerance at all, with `exhaustive=True`; it
+            lies below `fraction` where the loss isn't monotone.
+        loss: Of the whole model.
+        bound: What the loss may be.
+        weights: How many weights were ranked.
+        kept: For each tensor, the share of its weights that is kept at `fraction`.
+        samples: Examples; None for a loss that is one number.
+        settings: Tolerance, criterion, scope and what else was asked for.
+    """
+
+    fraction: float
+    curve: PruningCurve
+    evaluations: int
+    interval: tuple[float, float] | None
+    lowest: float | None
+    loss: float
+    bound: float
+    weights: int
+    kept: dict[str, float]
+    samples: int | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        interval = "" if self.interval is None else f" (95% interval {self.interval[0]:.2f} to {self.interval[1]:.2f})"
+        over = "" if self.samples is None else f" over {self.samples:,} examples"
+        lines = [
+            f"prunability {self.fraction:.2f}{interval}: of {self.weights:,} weights in {len(self.kept)} tensors, by "
+            f"{self.settings['criterion']}, {self.settings['scope']}, embeddings "
+            f"{'in' if self.settings['embeddings'] else 'left out'}",
+            f"loss {self.loss:.4g}{over}, at most {self.bound:.4g} ({self.settings['tolerance_mode']} tolerance "
+            f"{self.settings['tolerance']:g}); {self.evaluations} evaluations",
+            "share kept of each tensor:",
+        ]
+        return "\n".join([*lines, *(f"  {share:6.1%}  {name}" for name, share in self.kept.items())])
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draws the loss over the fraction kept, with bound, prunability and interval, into a PNG."""
+        plt = matplotlib_pyplot()
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        kept = [1 - pruned for pruned in self.curve.fractions]
+        axes.plot(kept, self.curve.values, marker="o", markersize=3, label="loss")
+        axes.axhline(self.bound, linestyle="--", color="black", linewidth=1, label="bound")
+        axes.axvline(self.fraction, color="C1", label=f"prunability {self.fraction:.2f}")
+        if self.interval is not None:
+            axes.axvspan(*self.interval, color="C1", alpha=0.2, linewidth=0)
+        finite = [value for value in self.curve.values if math.isfinite(value)]
+        if max(finite) > 0 and min(finite) > 0 and max(finite) > 20 * min(finite):
+            axes.set_yscale("log")
+        axes.set(xlabel="fraction of weights kept", ylabel="loss on the sample")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path = Path(path)
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+        return path
+
+    def to_eval_results(
+        self, *, task_type: str, dataset_type: str, dataset_name: str, **more: Any
+    ) -> list[EvalResult]:
+        """Prunability as a result for a model card.
+
+        Args:
+            task_type: The task in the Hub's words, such as "text-generation".
+            dataset_type: The data's identifier.
+            dataset_name: The data's name for people.
+            **more: Other fields of `huggingface_hub.EvalResult`, such as `dataset_split`.
+        """
+        return [
+            EvalResult(
+                task_type=task_type,
+                dataset_type=dataset_type,
+                dataset_name=dataset_name,
+                metric_type="prunability",
+                metric_name="prunability",
+                metric_value=self.fraction,
+                metric_config=f"{self.settings['criterion']}, {self.settings['scope']}",
+                **more,
+            )
+        ]
+
+
+def prunability(
+    model: nn.Module,
+    losses: EvaluateLoss | Any,
+    tolerance: float = 0.1,
+    criterion: Criterion = "magnitude",
+    scope: Scope = "global",
+    tolerance_mode: ToleranceMode = "relative",
+    exhaustive: bool = False,
+    samples: int | None = 1000,
+    seed: int = 0,
+    *,
+    embeddings: bool = False,
+    **sample_options: Any,
+) -> PrunabilityResult:
+    """Finds the smallest fraction of the weights that can be kept within a tolerance of the loss.
+
+    Bisection on a grid of hundredths, which supposes that the loss falls as more is kept: 9 evaluations. The model
+    comes back bit for bit, after an exception and Ctrl-C too: weights, buffers, gradients, training modes, random
+    states. Nothing is rescaled and nothing retrained.
+
+    Args:
+        model: Any model, on any device, in any mode; it is looked at in eval mode.
+        losses: A data set, of which `Sample` draws examples and computes the losses; or a function of the model that
+            returns one loss an example [n], (losses [n], weights [n]) for a weighted mean, or one number. It must be
+            of training data, the same at every call, and needs neither `no_grad` nor `eval`.
+        tolerance: By how much the loss may rise. More prunes deeper and is steadier, and asks less of the model.
+            Default: 0.1 relative.
+        criterion: `"magnitude"` keeps the largest weights, `"random"` any (one random order, drawn from the seed; not
+            rescaled).
+        scope: `"global"` ranks all weights together, `"layer"` keeps the same fraction of each tensor.
+        tolerance_mode: `"relative"` allows loss * (1 + tolerance), `"absolute"` loss + tolerance. Of a training loss
+            near 0 a relative tolerance is one near 0 too, and the measure turns to noise.
+        exhaustive: Evaluate the whole grid: 101 evaluations, right also where the loss isn't monotone.
+        samples: Examples drawn from a data set; more narrow the interval and cost their forward passes. None for all.
+        seed: Of the sample, the random criterion and the bootstrap.
+        embeddings: Whether embedding tables count: see `prunable_weights`.
+        **sample_options: For a data set: `data_collator`, `task`, `batch_size`, as `Sample` takes them.
+
+    Raises:
+        ValueError: An option out of range; weights that can't be ranked; an empty sample; a loss that isn't finite,
+            differs from call to call, or is 0 under a relative tolerance.
+    """
+    _check(tolerance, tolerance_mode)
+    model = unwrap_model(model)
+    order = WeightOrder(prunable_weights(model, embeddings), criterion, scope, seed)
+    evaluate: Any = losses
+    if not callable(losses):
+        evaluate = Sample(losses, samples, seed, **sample_options)
+    elif sample_options:
+        raise ValueError(f"{', '.join(sample_options)}: only for a data set, but the losses come from a function")
+    with _looking_at(model):
+        curve = _LossCurve(model, order, evaluate)
+        curve.check_whole(tolerance_mode)
+        bound = _bound(curve.at(STEPS), tolerance, tolerance_mode)
+        if exhaustive:
+            within = [curve.at(step) <= bound for step in range(1, STEPS + 1)]
+            lowest = (within.index(True) + 1) / STEPS
+            found = STEPS - next((i for i, good in enumerate(reversed(within)) if not good), STEPS) + 1
+        else:
+            lowest, found = None, _bisect(lambda step: curve.at(step) <= bound)
+        kept = order.kept(found / STEPS)
+    settings = {
+        "tolerance": tolerance,
+        "tolerance_mode": tolerance_mode,
+        "criterion": criterion,
+        "scope": scope,
+        "embeddings": embeddings,
+        "exhaustive": exhaustive,
+        "seed": seed,
+    }
+    points = tuple((1 - step / STEPS, mean) for step, mean in curve.means.items())
+    return PrunabilityResult(
+        fraction=found / STEPS,
+        curve=PruningCurve(points, "loss", higher_is_better=False, settings=settings),
+        evaluations=curve.evaluations,
+        interval=_interval(curve, tolerance, tolerance_mode, seed),
+        lowest=lowest,
+        loss=curve.at(STEPS),
+        bound=bound,
+        weights=order.count,
+        kept={name: count / order.weights[name].numel() for name, count in kept.items()},
+        samples=curve.samples,
+        settings=settings,
+    )
+
+
+def _check(tolerance: float, mode: str) -> None:
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance={tolerance}: expected 0 or more; 0.1 lets the loss rise by a tenth")
+    if mode not in get_args(ToleranceMode):
+        raise ValueError(f"tolerance_mode={mode!r} is unknown; choose from {', '.join(get_args(ToleranceMode))}")
+
+
+def _bound(loss: Any, tolerance: float, mode: str) -> Any:
+    """L(1) (1 + beta), or L(1) + beta; of a number or an array of them."""
+    return loss * (1 + tolerance) if mode == "relative" else loss + tolerance
+
+
+def _bisect(within: Callable[[int], bool]) -> int:
+    """The smallest step from 1 to STEPS that is within, if all above it are; STEPS itself always is."""
+    below, found = 0, STEPS
+    while found - below > 1:
+        middle = (below + found) // 2
+        below, found = (below, middle) if within(middle) else (middle, found)
+    return found
+
+
+@contextmanager
+def _looking_at(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; buffers are put back too, since a loss function may switch to training mode."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with scoring_state(model):
+        try:
+            yield
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+class _LossCurve:
+    """The loss at steps of the grid, evaluated when first asked for, and that of every example.
+
+    Args:
+        model: Inside `_looking_at`.
+        order: The order of its weights.
+        evaluate: The losses.
+    """
+
+    def __init__(self, model: nn.Module, order: WeightOrder, evaluate: EvaluateLoss) -> None:
+        self.model, self.order, self.evaluate = model, order, evaluate
+        self.means: dict[int, float] = {}
+        self.losses: dict[int, np.ndarray] = {}
+        self.weights: np.ndarray | None = None
+        self.evaluations = 0
+
+    @property
+    def samples(self) -> int | None:
+        """Examples; None for a loss that is one number."""
+        return len(self.losses[STEPS]) if self.losses else None
+
+    def at(self, step: int) -> float:
+        """The loss with step / STEPS of the weights kept."""
+        if step not in self.means:
+            with self.order.pruned(step / STEPS):
+                mean = self._evaluate(step)
+            if math.isnan(mean):
+                raise ValueError(
+                    f"the loss is NaN with {step / STEPS:.0%} of the weights kept: check the loss function"
+                )
+            self.means[step] = mean
+        return self.means[step]
+
+    def check_whole(self, mode: str) -> None:
+        """Raises for a loss of the whole model that nothing can be compared with; evaluates it twice."""
+        loss = self.at(STEPS)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss of the whole model is {loss}: check the model, its inputs and the loss function"
+            )
+        if mode == "relative" and loss <= 0:
+            raise ValueError(
+                f"the loss of the whole model is {loss}, of which a relative tolerance allows nothing more: use "
+                f"tolerance_mode='absolute'"
+            )
+        again = self._evaluate(STEPS)
+        if not abs(again - loss) <= _REPEAT * abs(loss) + 1e-12:
+            raise ValueError(
+                f"the loss of the whole model was {loss}, then {again}: a random loss can't be compared. Take one "
+                f"fixed sample without augmentation, and leave the model in eval mode"
+            )
+
+    def _evaluate(self, step: int) -> float:
+        self.evaluations += 1
+        losses: Any = self.evaluate(self.model)
+        losses, weights = losses if isinstance(losses, tuple) else (losses, None)
+        values = np.atleast_1d(torch.as_tensor(losses).detach().double().cpu().numpy())
+        if values.size == 0:
+            raise ValueError("the loss function returned no losses: its sample is empty")
+        if values.ndim != 1:
+            raise ValueError(
+                f"the loss function returned shape {list(values.shape)}: expected one loss an example [n]"
+            )
+        if self.losses and values.shape != self.losses[STEPS].shape:
+            raise ValueError(f"the loss function returned {values.size} losses, before {self.samples}: fix its sample")
+        if torch.as_tensor(losses).dim():
+            self.losses[step] = values
+        if weights is not None:
+            self.weights = torch.as_tensor(weights).double().cpu().numpy()
+        return float(np.average(values, weights=self.weights)) if np.isfinite(values).all() else float(values.mean())
+
+
+def _interval(curve: _LossCurve, tolerance: float, mode: str, seed: int) -> tuple[float, float] | None:
+    """Percentiles of the fraction over samples drawn with replacement from the examples, from the losses at hand."""
+    if not curve.losses:
+        return None
+    steps = np.array(sorted(curve.losses))
+    losses = np.nan_to_num(np.stack([curve.losses[step] for step in steps]), posinf=1e30)
+    n = losses.shape[1]
+    weights = np.ones(n) if curve.weights is None else curve.weights
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_BOOTSTRAP) * weights
+    means = losses @ counts.T / counts.sum(1)  # [steps, draws]
+    excess = means - _bound(means[-1], tolerance, mode)
+    found = [math.ceil(_crossing(steps, column) - 1e-9) / STEPS for column in excess.T]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _crossing(steps: np.ndarray, excess: Sequence[float] | np.ndarray) -> float:
+    """The step from which on no excess is above 0, between two evaluated steps on the line that joins them."""
+    above = np.flatnonzero(np.asarray(excess) > 0)
+    if not len(above):
+        return float(steps[0])
+    last = above[-1]
+    share = excess[last] / (excess[last] - excess[last + 1]) if excess[last] < 1e29 else 1.0
+    return float(steps[last] + share * (steps[last + 1] - steps[last]))

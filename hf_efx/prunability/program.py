@@ -1,0 +1,189 @@
+"""The program `hf-efx prunability`: measures how much of a checkpoint's weights its training loss can do without.
+
+    hf-efx prunability --model you/model --task text_classification --dataset reviews.csv
+    hf-efx prunability --model runs/a --compare runs/b runs/c --task causal_lm --dataset my_text.jsonl
+    hf-efx prunability --model runs/a --task image_classification --dataset fashion_mnist/ --baselines
+
+"Robustness to Pruning Predicts Generalization in Deep Neural Networks", Kuhn et al. 2021, arXiv 2103.06002.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hf_efx.core.command_line import OptionParser
+from hf_efx.core.evidence import print_results, public_command, write_results
+from hf_efx.core.fingerprints import data_fingerprint
+from hf_efx.core.model_options import checkpoint_config
+from hf_efx.core.plots import matplotlib_pyplot
+from hf_efx.core.task_data import load_task
+from hf_efx.core.tasks import LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.prunability.baselines import Network, baseline_measures
+from hf_efx.prunability.measure import PrunabilityResult, prunability
+from hf_efx.prunability.sample import Sample
+
+RESULTS, PLOT = "results.json", "prunability.png"
+
+
+@dataclass
+class PrunabilityOptions:
+    """What is measured, and where it is written."""
+
+    tolerance: float = field(  # 10%, as the paper is remembered to have it
+        default=0.1,
+        metadata={
+            "help": "By how much the training loss may rise. More prunes deeper and gives a steadier figure, which "
+            "asks less of the model."
+        },
+    )
+    tolerance_mode: Literal["relative", "absolute"] = field(
+        default="relative",
+        metadata={
+            "help": "'relative' to the loss, or 'absolute'. Of a loss near 0 a relative tolerance is near 0 too, and "
+            "the figure noisy; an absolute one is easier for a model with a lower loss."
+        },
+    )
+    criterion: Literal["magnitude", "random"] = field(
+        default="magnitude",
+        metadata={"help": "'magnitude' prunes the smallest weights, 'random' any: nearly nothing may go then."},
+    )
+    scope: Literal["global", "layer"] = field(
+        default="global",
+        metadata={
+            "help": "'global' ranks all weights together, and may empty a layer whose weights are small; 'layer' "
+            "keeps the same fraction of each tensor."
+        },
+    )
+    embeddings: bool = field(
+        default=False,
+        metadata={"help": "Rank embedding tables too, and with them a tied output layer: another figure altogether."},
+    )
+    exhaustive: bool = field(
+        default=False,
+        metadata={"help": "Evaluate all of the grid: right also where the loss isn't monotone, at 11 times the cost."},
+    )
+    samples: int = field(
+        default=1000,
+        metadata={"help": "Training examples of the sample: more narrow the interval, and cost their forward passes."},
+    )
+    batch_size: int = field(
+        default=64, metadata={"help": "Examples a forward pass: more is faster and takes more memory."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the sample, the random criterion and the bootstrap."})
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Checkpoints to measure beside it, on the same sample (of text: with the same tokenizer). They "
+            "compare where their training losses are much the same."
+        },
+    )
+    baselines: bool = field(
+        default=False,
+        metadata={"help": "Compute the other measures too (norms, margin, flatness, ...): some 500 forward passes."},
+    )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "Where to compute, such as 'cpu'. Without it: the accelerator, if there is one."},
+    )
+    output_dir: str = field(default="runs/prunability", metadata={"help": f"Folder of {RESULTS} and {PLOT}."})
+    plot: bool = field(
+        default=True, metadata={"help": f"Draw the loss over the fraction kept into {PLOT}; needs matplotlib."}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        argv: The command line without the program's name; None for `sys.argv[1:]`.
+
+    Returns:
+        The exit status: 0, or 130 after Ctrl-C. Wrong input ends with SystemExit(2) and a line that says what to do.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    kinds = (TaskModelOptions, TaskOptions, PrunabilityOptions)
+    parser = OptionParser(kinds, None, "hf-efx prunability", (__doc__ or "").splitlines()[0])
+    model_options, task_options, options = parser.read(argv)
+    try:
+        name = model_options.model_name_or_path
+        if name is None:
+            raise ValueError("model_name_or_path is missing: name a trained checkpoint with --model.")
+        if options.plot:
+            matplotlib_pyplot()
+        for one in (name, *options.compare):  # a wrong name shows before the data is read
+            checkpoint_config(one)
+        if task_options.holdout_share is None:
+            task_options = dataclasses.replace(task_options, holdout_share=0.0)
+        task = load_task(task_options, name)
+        # One sample for all: their losses must be of the same examples.
+        sample = Sample(
+            task.train, options.samples, options.seed, task.data_collator, task.loss_task, options.batch_size
+        )
+        measured = {one: _measure(one, task, sample, options) for one in dict.fromkeys((name, *options.compare))}
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+    _write(measured, task, options, argv)
+    return 0
+
+
+def _measure(
+    name: str, task: LearningTask, sample: Sample, options: PrunabilityOptions
+) -> tuple[PrunabilityResult, dict[str, float]]:
+    """Loads a checkpoint and measures it; the figures are those of the other measures and the seconds."""
+    device = options.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    model: Any = task.side_model(name, options.seed)
+    model.to(device)
+    names = ("tolerance", "criterion", "scope", "tolerance_mode", "exhaustive", "seed", "embeddings")
+    start = time.perf_counter()
+    result = prunability(model, sample, **{key: getattr(options, key) for key in names})
+    figures = {"seconds": time.perf_counter() - start}
+    if options.baselines:
+        network = Network(model, sample.outcome, seed=options.seed, tolerance=options.tolerance)
+        figures |= baseline_measures(network)
+    print(f"{name}: {result}")
+    return result, figures
+
+
+def _write(
+    measured: dict[str, tuple[PrunabilityResult, dict[str, float]]],
+    task: LearningTask,
+    options: PrunabilityOptions,
+    argv: Sequence[str],
+) -> None:
+    """Results and plot; the plot is that of the first checkpoint."""
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, (result, figures) in measured.items():
+        low, high = result.interval or (None, None)
+        row = {"prunability": result.fraction, "low": low, "high": high, "loss": result.loss, "bound": result.bound}
+        row |= {"weights": result.weights, "evaluations": result.evaluations, "kept": result.kept}
+        curve = result.curve.to_dict()["points"]
+        rows.append({"configuration": name, "seed": options.seed, **row, **figures, "curve": curve})
+    if options.plot:
+        next(iter(measured.values()))[0].plot(folder / PLOT)
+    columns = [("prunability", ".2f"), ("low", ".2f"), ("high", ".2f"), ("loss", ".4g"), ("seconds", ".1f")]
+    extra = [key for key in rows[0] if options.baselines and key in next(iter(measured.values()))[1]]
+    columns += [(key, ".4g") for key in extra if key != "seconds"]
+    results = write_results(
+        folder / RESULTS,
+        title=f"Prunability on {task.name}",
+        command=public_command(["-m", "hf_efx.cli", "prunability", *argv]),
+        data={"name": task.name, "fingerprint": data_fingerprint(task.train, task.fingerprint_columns)},
+        seeds=[options.seed],
+        rows=rows,
+        claims=[],
+        columns=[{"key": key, "title": key.replace("_", " "), "format": spec} for key, spec in columns],
+        settings={f.name: getattr(options, f.name) for f in dataclasses.fields(options)},
+        plot=PLOT if options.plot else None,
+    )
+    print_results(results)
+    print(f"results: {folder / RESULTS}")

@@ -1,0 +1,1 @@
+"""The module that `evaluate.load` reads from this folder."""

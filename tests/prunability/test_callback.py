@@ -1,0 +1,84 @@
+"""PrunabilityCallback: figures, model selection, early stopping, cost, and a training that it doesn't change."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from hf_efx.prunability import PrunabilityCallback
+from prunability.networks import Digits, digits
+
+
+def data(count: int = 120) -> Dataset:
+    pixels, labels = digits(count)
+    return Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": labels.tolist()})
+
+
+def run(tmp_path, callbacks, **options) -> Trainer:
+    torch.manual_seed(0)
+    arguments = {"max_steps": 12, "eval_steps": 4, "save_steps": 4, "learning_rate": 0.01, **options}
+    args = TrainingArguments(
+        str(tmp_path),
+        eval_strategy="steps",
+        per_device_train_batch_size=20,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        **arguments,
+    )
+    rows = data()
+    trainer = Trainer(Digits(16), args, train_dataset=rows, eval_dataset=rows.select(range(20)), callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+def test_figures_at_evaluations_and_a_training_unchanged(tmp_path):
+    callback = PrunabilityCallback(data(), samples=100, task="classification", batch_size=50)
+    trainer = run(tmp_path / "with", [callback])
+    plain = run(tmp_path / "without", [])
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True))
+    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert [step for step, _ in callback.results] == [4, 8, 12] == [row["step"] for row in rows]
+    for (_, result), row in zip(callback.results, rows, strict=True):
+        assert row["eval_prunability"] == result.fraction and row["eval_prunability_loss"] == result.loss
+        assert row["eval_prunability_low"] <= result.fraction <= row["eval_prunability_high"] + 1e-12
+
+
+def test_an_evaluation_costs_at_most_15_forwards(tmp_path):
+    callback = PrunabilityCallback(data(), samples=100, task="classification", batch_size=100)
+    calls = []
+    model = Digits(16)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    state = Trainer(model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)).state
+    metrics: dict[str, float] = {}
+    for _ in range(2):  # two data sets evaluated at one step
+        callback.on_evaluate(None, state, None, model=model, metrics=metrics)  # pyright: ignore
+    assert 0 < len(calls) <= 15 and len(callback.results) == 1 and 0 < metrics["eval_prunability"] <= 1
+
+
+def test_the_most_prunable_checkpoint_is_loaded_and_training_stops(tmp_path):
+    answers = [0.9, 0.3, 0.5, 0.6, 0.7]  # at each evaluation so many weights are needed
+
+    def losses(model):
+        weights = torch.cat([p.flatten() for p in model.parameters() if p.dim() == 2])
+        kept = float((weights != 0).float().mean())
+        return torch.ones(3) if kept > answers[len(callback.results)] - 0.002 else torch.full((3,), 2.0)
+
+    callback = PrunabilityCallback(losses)
+    trainer = run(
+        tmp_path,
+        [callback, EarlyStoppingCallback(2)],
+        max_steps=20,
+        load_best_model_at_end=True,
+        metric_for_best_model="prunability",
+        greater_is_better=False,
+    )
+    assert [result.fraction for _, result in callback.results] == [0.9, 0.3, 0.5, 0.6]
+    assert trainer.state.global_step == 16  # two evaluations without a better one
+    assert trainer.state.best_metric == 0.3
+    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-8")
+
+
+def test_bad_input_shows_before_training():
+    with pytest.raises(ValueError, match="dataset is empty"):
+        PrunabilityCallback(data().select([]))

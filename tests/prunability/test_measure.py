@@ -1,0 +1,224 @@
+"""Prunability: hand-worked answers, bisection against the grid, what it refuses, what it says."""
+
+import math
+
+import pytest
+import torch
+from huggingface_hub import EvalResult
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from hf_efx.prunability import measure, prunability
+from hf_efx.prunability.sample import Sample
+from prunability.networks import cross_entropies, digits, squared_errors, trained, two_weights
+
+
+def gpt2(**settings) -> GPT2LMHeadModel:
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 16, "n_positions": 8}
+    model = GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **settings}))
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+@pytest.mark.parametrize("exhaustive", [False, True])
+@pytest.mark.parametrize(("tolerance", "fraction"), [(0.4, 1.0), (0.5, 0.5), (4.9, 0.5), (5.0, 0.01)])
+def test_two_weights_by_hand(tolerance, fraction, exhaustive):
+    model, losses = two_weights()  # mean losses: 0 whole, 0.5 of one weight, 5 of none
+    result = prunability(model, losses, tolerance, tolerance_mode="absolute", exhaustive=exhaustive)
+    assert result.fraction == fraction
+    assert result.lowest == (fraction if exhaustive else None)
+    assert result.evaluations == (101 if exhaustive else 8 if fraction == 0.01 else 9)
+    assert (result.loss, result.bound, result.weights, result.samples) == (0.0, tolerance, 2, 2)
+    assert result.kept == {"weight": {1.0: 1.0, 0.5: 0.5, 0.01: 0.0}[fraction]}
+    assert result.curve.at(0.0) == 0.0 and result.curve.at(0.5) == 0.5
+    if exhaustive:
+        assert result.curve.at(0.51) == 5.0  # of 2 weights 0.49 is none
+
+
+def test_orthogonal_features_in_closed_form():
+    """On orthonormal inputs X and targets X w + 0.25 pruning the set P adds sum over P of w^2 + 0.5 w sum(x)."""
+    n = 64
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    model = nn.Linear(n, 1, bias=False, dtype=torch.float64)
+    w = model.weight.detach()[0]
+    result = prunability(model, squared_errors(inputs, (inputs @ w)[:, None] + 0.25), 0.03, exhaustive=True)
+    added = (w.square() + 0.5 * w * inputs.sum(0))[w.abs().argsort()].cumsum(0)
+    wanted = [0.0625 + float(added[n - n * step // 100 - 1]) / n for step in range(1, 100)] + [0.0625]
+    assert result.loss == pytest.approx(0.0625, abs=1e-12)
+    for step, loss in enumerate(wanted, 1):
+        assert result.curve.at(1 - step / 100) == pytest.approx(loss, abs=1e-12)
+    within = [loss <= 0.0625 * 1.03 for loss in wanted]
+    assert result.lowest == (within.index(True) + 1) / 100
+    assert result.fraction == (100 - within[::-1].index(False) + 1) / 100
+
+
+def test_bisection_is_the_grid_on_trained_networks():
+    pixels, labels = digits(200)
+    losses = cross_entropies(pixels, labels)
+    same = 0
+    for seed in range(20):
+        model = trained(pixels, labels, width=4 + 2 * seed, seed=seed)
+        grid, fast = prunability(model, losses, exhaustive=True), prunability(model, losses)
+        assert fast.evaluations <= 12 and grid.lowest is not None
+        if grid.lowest == grid.fraction:  # monotone where it crosses the bound
+            same += 1
+            assert abs(fast.fraction - grid.fraction) <= 0.01 + 1e-12
+        assert grid.lowest <= fast.fraction <= grid.fraction
+        assert fast.interval is not None and fast.interval[0] <= fast.fraction <= fast.interval[1] + 1e-12
+    assert same >= 15
+
+
+def test_a_loss_that_is_not_monotone_has_two_answers():
+    model = nn.Linear(10, 10, bias=False)
+
+    def losses(model):
+        kept = int((model.weight != 0).sum())
+        return torch.tensor([2.0 if 40 <= kept < 60 or kept < 20 else 1.0])
+
+    result = prunability(model, losses, exhaustive=True)
+    assert (result.lowest, result.fraction) == (0.2, 0.6)
+
+
+def test_memorised_labels_need_more_weights():
+    pixels, labels = digits(300)
+    permuted = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    found = {}
+    for name, target in (("true", labels), ("permuted", permuted)):
+        model = trained(pixels, target, width=128, seed=0)
+        found[name] = prunability(model, cross_entropies(pixels, target), tolerance=1.0).fraction
+    assert found["permuted"] > found["true"] + 0.1
+
+
+def test_crossing_by_hand():
+    steps = measure.np.array([10, 20, 50, 100])
+    assert measure._crossing(steps, [3.0, 1.0, -0.5, -1.0]) == 40.0  # two thirds of the way from 20 to 50
+    assert measure._crossing(steps, [-1.0, 2.0, -2.0, -1.0]) == 35.0  # the last crossing counts
+    assert measure._crossing(steps, [-1.0, -1.0, -1.0, -1.0]) == 10.0
+
+
+def test_interval_narrows_with_examples():
+    torch.manual_seed(0)
+    model = nn.Linear(50, 1, bias=False)
+    widths = []
+    for count in (20, 2000):
+        inputs = torch.randn(count, 50)
+        losses = squared_errors(inputs, model(inputs).detach() + torch.randn(count, 1))
+        interval = prunability(model, losses).interval
+        assert interval is not None
+        widths.append(interval[1] - interval[0])
+    assert widths[1] < widths[0]
+
+
+def test_a_number_and_weighted_losses():
+    model, losses = two_weights()
+    number = prunability(model, lambda m: float(losses(m).mean()), 0.5, tolerance_mode="absolute")
+    assert (number.fraction, number.interval, number.samples) == (0.5, None, None)
+    # With three quarters on the first example one weight alone costs 0.25.
+    weighted = prunability(model, lambda m: (losses(m), torch.tensor([3, 1])), 0.25, tolerance_mode="absolute")
+    assert weighted.fraction == 0.5
+    assert (
+        prunability(model, lambda m: (losses(m), torch.tensor([3, 1])), 0.2, tolerance_mode="absolute").fraction == 1
+    )
+
+
+def test_a_data_set_gives_the_models_own_loss():
+    torch.manual_seed(0)
+    model = gpt2()
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist(), "other": 1} for ids in torch.randint(16, (12, 6))]
+    for row in rows[:6]:  # half of the examples have fewer labels
+        row["labels"] = [*row["labels"][:3], -100, -100, -100]
+    result = prunability(model, rows, samples=None, batch_size=5)
+    batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
+    with torch.no_grad():
+        assert result.loss == pytest.approx(float(model.eval()(**batch).loss), rel=1e-5)
+    assert result.samples == 12
+    again = prunability(model, rows, samples=7, seed=3)
+    assert again.samples == 7 and again.loss != result.loss
+    assert again.loss == prunability(model, rows, samples=7, seed=3).loss
+
+
+def test_labels_of_classes_margins_and_accuracy():
+    config = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20, num_labels=3
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).eval()
+    rows = [{"input_ids": ids.tolist(), "label": i % 3} for i, ids in enumerate(torch.randint(20, (9, 5)))]
+    sample = Sample(rows, batch_size=4)
+    with torch.no_grad():
+        losses, margins = sample.outcome(model)
+        logits = model(input_ids=torch.tensor([row["input_ids"] for row in rows])).logits
+    assert torch.allclose(losses.double(), sample(model)[0], atol=1e-6)
+    one = logits[4]  # label 1
+    assert float(margins[4]) == pytest.approx(float(one[1] - max(one[0], one[2])), abs=1e-6)
+    assert sample.accuracy(model) == pytest.approx(float((margins > 0).float().mean()))
+
+
+def test_what_it_says(tmp_path):
+    torch.manual_seed(0)
+    model = gpt2()
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in torch.randint(16, (8, 6))]
+    result = prunability(model, rows, scope="layer")
+    text = str(result)
+    assert "embeddings left out" in text and "transformer.h.0.attn.c_attn.weight" in text and "wte" not in text
+    assert result.weights == 8 * 24 + 8 * 8 + 2 * 8 * 32
+    path = result.plot(tmp_path / "curve.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    (one,) = result.to_eval_results(task_type="text-generation", dataset_type="x", dataset_name="X")
+    assert isinstance(one, EvalResult) and one.metric_value == result.fraction
+    assert result.curve.points[0] == (0.0, result.loss)
+    with_tables = prunability(model, rows, embeddings=True)  # wte is the output layer too, and counts once
+    assert with_tables.weights == result.weights + 16 * 8 + 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": -0.1}, "tolerance=-0.1"),
+        ({"tolerance": math.nan}, "tolerance=nan"),
+        ({"tolerance_mode": "both"}, "tolerance_mode='both'"),
+        ({"criterion": "size"}, "criterion='size'"),
+        ({"scope": "row"}, "scope='row'"),
+        ({"batch_size": 3}, "batch_size: only for a data set"),
+        ({}, "tolerance_mode='absolute'"),  # a loss of 0
+    ],
+)
+def test_bad_options(options, message):
+    model, losses = two_weights()
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        prunability(model, losses, **options)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (lambda model: torch.rand(4), "random"),
+        (lambda model: torch.full((3,), math.nan), "NaN"),
+        (lambda model: math.inf, "inf"),
+        (lambda model: torch.tensor([math.nan if (model.weight == 0).any() else 1.0]), "NaN with 50%"),
+        (lambda model: torch.empty(0), "empty"),
+        (lambda model: torch.ones(2, 2), r"shape \[2, 2\]"),
+        (lambda model: torch.ones(int((model.weight != 0).sum()) + 1), "losses, before 3"),
+    ],
+)
+def test_bad_losses(losses, message):
+    model, _ = two_weights()
+    with pytest.raises(ValueError, match=message):
+        prunability(model, losses)
+    assert model.weight.tolist() == [[3.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ([], {}, "dataset is empty"),
+        (iter([]), {}, "list_iterator"),
+        ([{"input_ids": [1, 2]}], {}, "no 'labels'"),
+        ([{"input_ids": [1], "labels": [1]}], {"samples": 0}, "samples=0"),
+        ([{"input_ids": [1], "labels": [1]}], {"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_bad_samples(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        prunability(gpt2(), data, **options)

@@ -1,0 +1,168 @@
+"""Which weights count, their order, and that they come back bit for bit."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_efx.prunability import prunability, weights
+from hf_efx.prunability.weights import WeightOrder, prunable_weights
+from prunability.networks import Odd, traces
+
+
+def order_of(*tensors: torch.Tensor, **options) -> WeightOrder:
+    return WeightOrder({str(i): nn.Parameter(t.clone()) for i, t in enumerate(tensors)}, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("piece", [7, 1 << 22])
+def test_global_order_is_that_of_sorting(dtype, piece, monkeypatch):
+    monkeypatch.setattr(weights, "PIECE", piece)
+    torch.manual_seed(0)
+    first, second = torch.randn(9, 6).to(dtype), 0.3 * torch.randn(4, 5, 3).to(dtype)
+    order = order_of(first, second)
+    magnitudes = torch.cat([first.flatten(), second.flatten()]).abs().double()
+    for fraction in (0.01, 0.37, 0.5, 0.99, 1.0):
+        count = int(fraction * 114)
+        with order.pruned(fraction):
+            left = torch.cat([w.detach().flatten() for w in order.weights.values()]).abs().double()
+        kept = left[left > 0]
+        assert len(kept) == count == sum(order.kept(fraction).values())
+        assert sorted(kept.tolist()) == magnitudes.sort().values[114 - count :].tolist()
+        assert torch.equal(order.weights["0"].detach(), first) and torch.equal(order.weights["1"].detach(), second)
+
+
+def test_ties_go_in_order_of_place():
+    order = order_of(torch.ones(2, 3), -torch.ones(2, 2))
+    with order.pruned(0.3):  # 3 of 10 stay: the last ones
+        assert [w.tolist() for w in order.weights.values()] == [[[0] * 3, [0] * 3], [[0, -1], [-1, -1]]]
+    assert order.kept(0.3) == {"0": 0, "1": 3}
+
+
+def test_layer_scope_keeps_the_fraction_of_each_tensor():
+    order = order_of(torch.randn(10, 10), 1e-3 * torch.randn(5, 4), scope="layer")
+    assert order.kept(0.29) == {"0": 29, "1": 5}
+    assert order_of(torch.randn(10, 10).abs() + 1, 1e-3 * torch.randn(5, 4)).kept(0.5) == {"0": 60, "1": 0}
+
+
+def test_random_order_repeats_and_nests():
+    tensors = torch.randn(20, 20), torch.randn(10, 3)
+
+    def kept(order, fraction):
+        with order.pruned(fraction):
+            return torch.cat([(w != 0).flatten() for w in order.weights.values()])
+
+    order = order_of(*tensors, criterion="random", seed=1)
+    few, many = kept(order, 0.2), kept(order, 0.6)
+    assert (int(few.sum()), int(many.sum())) == (86, 258)
+    assert bool((many | ~few).all())  # what stays of few stays of many
+    assert torch.equal(few, kept(order_of(*tensors, criterion="random", seed=1), 0.2))
+    assert not torch.equal(few, kept(order_of(*tensors, criterion="random", seed=2), 0.2))
+    other = kept(order_of(*tensors), 0.2)
+    assert not torch.equal(few, other)
+
+
+def odd() -> tuple[Odd, torch.Tensor]:
+    torch.manual_seed(0)
+    model, images = Odd(), torch.randn(3, 2, 4, 4)
+    model(images).sum().backward()
+    return model, images
+
+
+def losses_that(error: BaseException | None, images: torch.Tensor):
+    calls = []
+
+    def losses(model):
+        calls.append(1)
+        if error is not None and len(calls) == 5:
+            raise error
+        model.train()  # what a careless loss function may do: BatchNorm moves, modes change
+        model.dropout.eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return (model(images) - 1).square().sum(1)
+
+    return losses
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+@pytest.mark.parametrize("error", [None, RuntimeError("half-way"), KeyboardInterrupt()])
+def test_the_model_comes_back_bit_for_bit(error, criterion):
+    model, images = odd()
+    formats = [p.stride() for p in model.parameters()]
+    before = traces(model)
+    if error is None:
+        result = prunability(model, losses_that(None, images), criterion=criterion, exhaustive=True)
+        assert result.weights == 2 * 4 * 9 + 3 * 24  # the tied weight once
+    else:
+        with pytest.raises(type(error)):
+            prunability(model, losses_that(error, images), criterion=criterion)
+    after = traces(model)
+    assert {k for k in before if before[k] != after[k]} == set()
+    assert [p.stride() for p in model.parameters()] == formats
+
+
+@pytest.mark.parametrize("method", ["masked_fill_", "masked_scatter_", "cpu"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_an_interrupt_while_weights_are_zeroed_or_put_back(method, call, monkeypatch):
+    model, _ = odd()
+    order = WeightOrder(prunable_weights(model))
+    before, calls, original = traces(model), [], getattr(torch.Tensor, method)
+    order.kept(0.5)  # what it counts, it has counted
+
+    def interrupted(self, *args, **kwargs):
+        if self.dim() and not isinstance(args[:1], int):
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, method, interrupted)
+    with pytest.raises(KeyboardInterrupt), order.pruned(0.5):
+        pass
+    monkeypatch.undo()
+    assert traces(model) == before
+
+
+def test_a_graph_from_before_stays_usable():
+    model = nn.Linear(3, 3)
+    loss = model(torch.ones(1, 3)).square().sum()
+    with WeightOrder(prunable_weights(model)).pruned(0.5):
+        pass
+    loss.backward()
+    assert model.weight.grad is not None
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 4)
+        self.position_embeddings = nn.Parameter(torch.randn(1, 6, 4))
+        self.class_token = nn.Parameter(torch.randn(1, 1, 4))
+        self.layer = nn.Linear(4, 5)
+        self.one_output = nn.Linear(4, 1)
+        self.norm = nn.LayerNorm(4)
+
+
+def test_what_counts():
+    assert list(prunable_weights(Tables())) == ["layer.weight", "one_output.weight"]
+    with_tables = prunable_weights(Tables(), embeddings=True)
+    assert list(with_tables) == ["position_embeddings", "words.weight", "layer.weight", "one_output.weight"]
+
+
+def test_what_cannot_be_ranked():
+    with pytest.raises(ValueError, match="no matrix to prune; embeddings=True"):
+        prunable_weights(nn.Embedding(3, 3))
+    with pytest.raises(ValueError, match="isn't finite|aren't finite"):
+        order_of(torch.tensor([[1.0, torch.nan]]))
+    whole = nn.Linear(2, 2)
+    whole.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="'weight' is stored as torch.int8"):
+        prunable_weights(whole)
+    with pytest.raises(ValueError, match="meta device"):
+        prunable_weights(nn.Linear(2, 2, device="meta"))
+    packed = nn.Module()
+    packed.register_buffer("weight", torch.ones(2, 2, dtype=torch.int8))
+    with pytest.raises(ValueError, match="stored as torch.int8"):
+        prunable_weights(nn.Sequential(nn.Linear(2, 2), packed))
+    with pytest.raises(ValueError, match="fraction=1.5"), order_of(torch.ones(2, 2)).pruned(1.5):
+        pass
