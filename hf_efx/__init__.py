@@ -36,6 +36,11 @@ if TYPE_CHECKING:
         LowRankTrainer,
         low_rank_report,
     )
+    from hf_efx.prunability import (
+        PrunabilityCallback,
+        PrunabilityResult,
+        generalization_study,
+    )
     from hf_efx.rho_loss import (
         IrreducibleLosses,
         RHOLossArguments,
@@ -51,6 +56,16 @@ if TYPE_CHECKING:
         train_irreducible_model,
     )
     from hf_efx.slice_out import SliceOutCallback, SliceOutConfig, slice_out_report
+    from hf_efx.targeted_dropout import (
+        PruningCurve,
+        PruningCurveCallback,
+        PruningReport,
+        TargetedDropoutCallback,
+        TargetedDropoutConfig,
+        prune,
+        pruning_curve,
+        shrink,
+    )
 
 _PUBLIC = {
     "hf_efx.core.adapter": ("default_targets", "get_efx_model", "merge_and_unload", "unload"),
@@ -76,6 +91,11 @@ _PUBLIC = {
         "LowRankTrainer",
         "low_rank_report",
     ),
+    "hf_efx.prunability": (
+        "PrunabilityCallback",
+        "PrunabilityResult",
+        "generalization_study",
+    ),
     "hf_efx.rho_loss": (
         "IrreducibleLosses",
         "RHOLossArguments",
@@ -91,6 +111,16 @@ _PUBLIC = {
         "train_irreducible_model",
     ),
     "hf_efx.slice_out": ("SliceOutCallback", "SliceOutConfig", "slice_out_report"),
+    "hf_efx.targeted_dropout": (
+        "PruningCurve",
+        "PruningCurveCallback",
+        "PruningReport",
+        "TargetedDropoutCallback",
+        "TargetedDropoutConfig",
+        "prune",
+        "pruning_curve",
+        "shrink",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *sorted(_MODULE_OF)]  # pyright: ignore[reportUnsupportedDunderAll]

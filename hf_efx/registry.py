@@ -107,6 +107,8 @@ _ROWS = (
         year=2021,
         arxiv="2103.06002",
         task="predict generalization without a validation set",
+        options=("hf_efx.prunability.program.PrunabilityOptions",),
+        program="hf_efx.prunability.program.main",
     ),
     Method(
         name="interlocking",
@@ -157,6 +159,9 @@ _ROWS = (
         year=2019,
         arxiv="1905.13678",
         task="train networks that stand pruning",
+        config="hf_efx.targeted_dropout.config.TargetedDropoutConfig",
+        options=("hf_efx.targeted_dropout.config.TargetedDropoutConfig",),
+        program="hf_efx.targeted_dropout.program.main",
     ),
 )
 

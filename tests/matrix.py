@@ -84,6 +84,7 @@ class Row:
         peft_door: Whether `peft.get_peft_model` takes the config.
         full_size: Fields with which layers are as large as dense ones, where checkpoints need hf_efx.
         callbacks: A function that makes the callbacks which another Trainer than ours needs.
+        fsdp: Whether it trains with sharded weights; where not, it must refuse them.
     """
 
     method: str
@@ -93,6 +94,7 @@ class Row:
     peft_door: bool
     full_size: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[TrainerCallback]] = list
+    fsdp: bool = True
 
     @property
     def id(self) -> str:
@@ -285,6 +287,13 @@ METHOD_ROWS: dict[str, dict[str, Any]] = {
         "changes_skeleton": False,
         "peft_door": False,
         "callbacks": lambda: [hf_efx.SliceOutCallback(measure_time=False)],
+    },
+    "targeted_dropout": {
+        "config": lambda **fields: hf_efx.TargetedDropoutConfig(**{"targeting": 0.5, "refresh_every": 2, **fields}),
+        "changes_skeleton": False,
+        "peft_door": False,
+        "callbacks": lambda: [hf_efx.TargetedDropoutCallback()],
+        "fsdp": False,
     },
 }
 

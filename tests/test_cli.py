@@ -35,9 +35,9 @@ def test_list_imports_nothing_heavy(run_python):
 
 
 def test_a_planned_method_ends_with_status_2_and_says_what_there_is(capsys):
-    assert cli.main(["targeted-dropout", "--rank", "1"]) == 2
+    assert cli.main(["interlocking", "--rank", "1"]) == 2
     message = capsys.readouterr().err
-    assert "targeted-dropout (Targeted dropout) is planned" in message and "Available now: low-rank" in message
+    assert "interlocking (Interlocking backpropagation) is planned" in message and "Available now: low-rank" in message
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_processes_equal_one(row: Row, two_processes: dict[str, Any]) -> None:
     assert two_processes["apart"][row.id] > 1e-3  # each half alone leads elsewhere
     assert two_processes["ddp"][row.id] < 1e-10
-    assert two_processes["fsdp"][row.id] < 1e-10
+    found = two_processes["fsdp"][row.id]
+    assert found < 1e-10 if row.fsdp else "is sharded (FSDP" in found
     if row.peft_door:
         assert two_processes["peft"][row.id] < 1e-10
 

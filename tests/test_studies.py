@@ -116,13 +116,36 @@ def test_slice_out_is_read_at_the_time_at_which_the_faster_run_ended():
     assert (row["time_share"], row["dropout_at_time"]) == (0.625, pytest.approx(0.525))
 
 
+def test_claims_of_targeted_dropout_pair_what_was_pruned_alike():
+    sys.path.insert(0, str(SCRIPTS / "reproduce"))
+    study = load("reproduce/targeted_dropout.py")
+    curves = {"none": (0.9, 0.6), "ramped .99/.9": (0.7, 0.89), "targeted .66/.9": (0.88, 0.84)}
+    rows = [
+        {"configuration": f"mlp: {kind}: {name}", "seed": seed}
+        | {f"{k}_{f:g}": (low if f else full) + seed / 1000 for k in ("weight", "unit") for f in study.FRACTIONS}
+        for kind, group in (("weight", study.WEIGHTS), ("unit", study.UNITS))
+        for name in group
+        for full, low in [curves.get(name, (0.88, 0.7))]
+        for seed in (0, 1)
+    ]
+    claims = {c["claim"].removesuffix(" (not separated)"): c for c in study.make_claims(rows, ["mlp"])}
+    below = claims["mlp, 90% of weights pruned, ramped .99/.9: accuracy below that of the unpruned dense network"]
+    assert below["measured"] == pytest.approx(0.01) and below["holds"]
+    above = claims["mlp, 90% of weights pruned, targeted .66/.9: accuracy above that with L1 1e-4, pruned alike"]
+    assert above["measured"] == pytest.approx(0.14) and above["holds"]
+    # Units of the dense network are read from its one row, which stands under weights.
+    assert "mlp, 75% of units pruned, targeted .66/.75: accuracy above that with none, pruned alike" in claims
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [
         *("reproduce/low_rank.py", "benchmarks/low_rank.py"),
         *("reproduce/rho_loss.py", "reproduce/goldiprox.py", "benchmarks/rho_loss.py"),
-        "reproduce/slice_out.py",
+        *("reproduce/slice_out.py", "benchmarks/slice_out.py"),
+        *("reproduce/targeted_dropout.py", "benchmarks/targeted_dropout.py"),
+        *("reproduce/prunability.py", "benchmarks/prunability.py"),
     ],
 )
 def test_smoke_run(program, tmp_path):

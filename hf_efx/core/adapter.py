@@ -3,7 +3,6 @@
 A module is swapped in place, by its `__class__`, not wrapped: references to it, hooks and device placement stay.
 """
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
-from transformers.configuration_utils import PreTrainedConfig
 
-from hf_efx.core.efx_config import FORMAT_VERSION, QUANT_METHOD, EfxConfig, check_record, entry_config
+from hf_efx.core.efx_config import QUANT_METHOD, EfxConfig, check_record, entry_config
+from hf_efx.core.record import efx_record, hold_pruned, plan_for, pruned_modules, write_record
 from hf_efx.core.weight_view import DENSE_TYPES
 
 if TYPE_CHECKING:
@@ -73,13 +72,15 @@ def get_efx_model(
                 )
         plan = config.plan(model, targets, pretrained)
         for name in plan:
-            _refuse_offloaded(name, model.get_submodule(name))
+            refuse_offloaded(name, model.get_submodule(name))
+        _refuse_pruned(model, config, plan)
         taken.update(dict.fromkeys(plan, config.method))
         entries.append((config, plan))
     for config, plan in entries:
         config.apply(model, plan)
     new = [{"method": c.method, "config": c.method_fields(), "modules": plan} for c, plan in entries]
-    _write_record(model, [*old, *new])
+    write_record(model, [*old, *new])
+    hold_pruned(model)
     return model
 
 
@@ -104,30 +105,19 @@ def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool
         elif not revive:
             continue
         (config.apply if initialise else config.restore)(model, plan)
-    _write_record(model, [{**entry, "modules": plan} for _, plan, entry in entries])
+    write_record(model, [{**entry, "modules": plan} for _, plan, entry in entries], record.get("pruned"))
+    if revive:
+        hold_pruned(model)
 
 
-def plan_for(model: nn.Module, modules: dict[str, Any]) -> dict[str, Any]:
-    """A record's modules under the names they have in this model.
-
-    A checkpoint of `GPT2LMHeadModel` says `transformer.h.0...` where `GPT2Model` says `h.0...`, and the reverse.
-
-    Raises:
-        ValueError: If a module can't be found.
-    """
-    names = {name for name, _ in model.named_modules()}
-    prefix = getattr(model, "base_model_prefix", "")
-    result = {}
-    for name, spec in modules.items():
-        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        found = next((c for c in candidates if c in names), None)
-        if found is None:
-            raise ValueError(
-                f"config.efx names the module {name!r}, which {type(model).__name__} doesn't have: the checkpoint "
-                f"belongs to another architecture, or its config.json was changed."
-            )
-        result[found] = spec
-    return result
+def _refuse_pruned(model: nn.Module, config: "EfxMethodConfig", plan: dict[str, Any]) -> None:
+    """Raises where a method would replace pruned weights, and with them the zeros."""
+    pruned = [name for name in pruned_modules(model) if name in plan]
+    if config.changes_skeleton and pruned:
+        raise ValueError(
+            f"{type(config).__name__}: module {pruned[0]!r} is pruned (config.efx), and its zeros would be filled. "
+            f"Leave it out with exclude_modules, or give the zeros up with prune(model, 0)."
+        )
 
 
 def merge_and_unload(model: ModelT) -> ModelT:
@@ -146,10 +136,10 @@ def merge_and_unload(model: ModelT) -> ModelT:
     for config, plan in entries:
         config.check_merge()
         for name in plan:
-            _refuse_offloaded(name, model.get_submodule(name))
+            refuse_offloaded(name, model.get_submodule(name))
     for config, plan in entries:
         config.merge(model, plan)
-    _write_record(model, [])
+    write_record(model, [])
     return model
 
 
@@ -163,45 +153,8 @@ def unload(model: ModelT) -> ModelT:
             kept.append(entry)
         else:
             config.merge(model, plan_for(model, entry["modules"]))
-    _write_record(model, kept)
+    write_record(model, kept)
     return model
-
-
-def efx_record(model: nn.Module) -> dict[str, Any] | None:
-    """What stands in `model.config.efx` (without a transformers config: in `model.efx`), None if nothing."""
-    return getattr(_record_holder(model), "efx", None)
-
-
-def _record_holder(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    return config if isinstance(config, PreTrainedConfig) else model
-
-
-def _write_record(model: nn.Module, methods: list[dict[str, Any]]) -> None:
-    holder: Any = _record_holder(model)
-    if holder is not model:
-        # A model keeps the config object that it was built from. Its dense twin, built from the same object, must not
-        # be recorded as factorised.
-        shared, holder = holder, copy.deepcopy(holder)
-        for module in model.modules():
-            if getattr(module, "config", None) is shared:
-                module.config = holder
-    if methods:
-        holder.efx = {"format_version": FORMAT_VERSION, "methods": methods}
-    elif hasattr(holder, "efx"):
-        del holder.efx
-    if holder is model:
-        return
-    # Read by core/loading.py. On the live model it is a plain dict: transformers and the Trainer take only a model
-    # that carries an `hf_quantizer` for a quantised one, and `save_pretrained` writes it as it stands.
-    mark = {"quant_method": QUANT_METHOD}
-    if any(entry_config(entry).changes_skeleton for entry in methods):
-        holder.quantization_config = mark
-        # Files name tensors as modules do. transformers would save a ViT or DINOv2 under an older layout's names, with
-        # weights joined that are factors here.
-        model._weight_conversions = []  # pyright: ignore[reportArgumentType]
-    elif getattr(holder, "quantization_config", None) == mark:
-        del holder.quantization_config, model._weight_conversions
 
 
 def default_targets(model: nn.Module) -> list[str]:
@@ -339,7 +292,7 @@ def _refuse_foreign(model: nn.Module) -> None:
         )
 
 
-def _refuse_offloaded(name: str, module: nn.Module) -> None:
+def refuse_offloaded(name: str, module: nn.Module) -> None:
     """Raises where accelerate's hook keeps the module's weights elsewhere: nothing is there to be read or changed."""
     hook: ModelHook | None = getattr(module, "_hf_hook", None)
     inner = hook.hooks if isinstance(hook, SequentialHook) else (hook,)

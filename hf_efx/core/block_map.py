@@ -3,8 +3,10 @@
 Only names stand here, never a copy of a model's forward. A new model type is a new row in `BLOCK_MAPS`.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -246,3 +248,26 @@ BLOCK_MAPS: dict[str, BlockMap] = {
 def block_map(model: nn.Module) -> BlockMap:
     """The block map of a model, by its config's `model_type`; an empty one for unknown types and plain modules."""
     return BLOCK_MAPS.get(getattr(getattr(model, "config", None), "model_type", ""), BlockMap())
+
+
+def block_entry(entry: Any) -> Block:
+    """A Block, as it is or from the dict that `block_fields` gives.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if isinstance(entry, Block):
+        return entry
+    known = {f.name for f in dataclasses.fields(Block)}
+    if not isinstance(entry, dict) or not set(entry) <= known:
+        raise ValueError(
+            f"blocks has the entry {entry!r}: expected a Block, such as Block('mlp', emits=['fc1'], reads=['fc2'])."
+        )
+    return Block(**entry)
+
+
+def block_fields(block: Block) -> dict[str, Any]:
+    """The fields that differ from their defaults, as JSON values."""
+    values = {f.name: getattr(block, f.name) for f in dataclasses.fields(Block)}
+    values = {name: value for name, value in values.items() if value not in ((), {}, None, False)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

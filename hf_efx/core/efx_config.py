@@ -94,6 +94,8 @@ def check_record(record: Any) -> dict[str, Any]:
             f"config.efx has format_version={version}, this one reads up to {FORMAT_VERSION}: a newer one wrote the "
             f"checkpoint. Upgrade with `pip install -U hf_efx`."
         )
+    if "pruned" in record:
+        _check_pruned(record["pruned"])
     for entry in record["methods"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("modules"), dict) or "method" not in entry:
             raise ValueError(f"config.efx has the entry {entry!r}; expected {{'method': ..., 'modules': {{...}}}}.")
@@ -104,6 +106,16 @@ def check_record(record: Any) -> dict[str, Any]:
                 f"config, modules. If a newer hf_efx wrote the checkpoint, upgrade hf_efx."
             )
     return record
+
+
+def _check_pruned(pruned: Any) -> None:
+    entries = pruned.items() if isinstance(pruned, dict) else [(None, None)]
+    for name, spec in entries:
+        if not isinstance(spec, dict) or set(spec) - {"bias", "follows"}:
+            raise ValueError(
+                f"config.efx has pruned={pruned if name is None else {name: spec}!r}; expected {{module: {{}}}}, with "
+                f"'bias' or 'follows' in it. If a newer hf_efx wrote the checkpoint, upgrade hf_efx."
+            )
 
 
 def entry_config(entry: dict[str, Any]) -> "EfxMethodConfig":

@@ -57,7 +57,7 @@ class EfxQuantizer(HfQuantizer):
                 del module.config._is_quantized
         if self.pre_quantized:
             model.config.quantization_config = self.quantization_config.to_dict()
-            model._weight_conversions = []  # see _write_record in adapter.py
+            model._weight_conversions = []  # see write_record in record.py
         else:
             del model.config.quantization_config
             get_efx_model(model, methods, pretrained=True)

@@ -14,6 +14,7 @@ import wrapt
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
+from hf_efx.core.pruned import is_held
 from hf_efx.registry import METHODS
 
 
@@ -22,6 +23,7 @@ class EfxType(str, Enum):  # noqa: UP042  (peft compares its own `class PeftType
 
     EFX_LOW_RANK = "EFX_LOW_RANK"
     EFX_SLICE_OUT = "EFX_SLICE_OUT"
+    EFX_TARGETED_DROPOUT = "EFX_TARGETED_DROPOUT"
 
 
 def register_peft() -> None:
@@ -67,14 +69,21 @@ def register_adapter(peft_type: EfxType, config: type, tuner: type[BaseTuner] | 
 
 
 @wrapt.patch_function_wrapper("peft.tuners.tuners_utils", "BaseTuner._check_merge_allowed")
-def _refuse_merge_into_factors(wrapped: Any, tuner: BaseTuner, args: Any, kwargs: Any) -> None:
-    """Refuses to merge another adapter's dense update into a factorised layer.
+def _refuse_merge(wrapped: Any, tuner: BaseTuner, args: Any, kwargs: Any) -> None:
+    """Refuses to merge another adapter's dense update into a factorised or a pruned layer.
 
-    peft adds the update to `weight`, here one factor: an obscure shape error, or, for a square layer at full rank, a
-    silently corrupted model.
+    peft adds the update to `weight`: that is one factor of the former, an obscure shape error, or, for a square layer
+    at full rank, a silently corrupted model; and it fills the latter's zeros.
     """
     wrapped(*args, **kwargs)
+    pruned = (getattr(getattr(tuner.model, "config", None), "efx", None) or {}).get("pruned", {})
     for name, module in tuner.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and (name in pruned or is_held(module.get_base_layer())):
+            raise ValueError(
+                f"{type(tuner).__name__}: the adapter on {name!r} can't be merged, since that layer is pruned and the "
+                f"update would fill its zeros. Keep the adapter unmerged; or give the zeros up with "
+                f"hf_efx.prune(model, 0) on the base model before putting the adapter on, merge, and prune again."
+            )
         if isinstance(module, BaseTunerLayer) and hasattr(module.get_base_layer(), "dense_class"):
             raise ValueError(
                 f"{type(tuner).__name__}: the adapter on {name!r} can't be merged, since that layer is factorised "

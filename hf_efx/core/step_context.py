@@ -51,6 +51,7 @@ class StepContext:
     Attributes:
         max_steps: Length of the run in optimizer steps, None where it isn't known.
         started: Whether a step ever began.
+        saved_at: The step before which the last checkpoint was taken: a resumed run begins there.
         listeners: Functions that are called when a step has begun.
     """
 
@@ -59,6 +60,7 @@ class StepContext:
         self.rank = rank
         self.max_steps: int | None = None
         self.started = False
+        self.saved_at: int | None = None
         self.listeners: list[Callable[[], None]] = []
         self.step = 0
         self.micro_step = 0
@@ -133,6 +135,7 @@ class StepContext:
         if state["seed"] != self.seed:
             logger.warning("The checkpoint's draws have seed=%s, not %s: going on with it.", state["seed"], self.seed)
         self.seed, self.step = state["seed"], state["step"]
+        self.saved_at = self.step + 1
         self.micro_step, self._in_step = 0, False
 
 
@@ -210,6 +213,21 @@ class StepContextCallback(TrainerCallback):
             return
         self.context.end_step()
         _stored(state)[STATE_KEY] = self.context.state_dict()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adds the figures to a training log that doesn't have them yet: an EfxTrainer's has."""
+        logs = kwargs.get("logs") or {}
+        if "loss" not in logs and "train_loss" not in logs:
+            return
+        missing = {name: value for name, value in self.metrics().items() if name not in logs}
+        logs.update(missing)
+        if state.log_history:
+            state.log_history[-1].update(missing)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Notes where a resumed run would begin."""
+        if self.context is not None:
+            self.context.saved_at = state.global_step
 
 
 def _stored(state: TrainerState) -> dict[str, Any]:

@@ -257,6 +257,7 @@ def write_runs(
     settings: Mapping[str, Any] | None = None,
     baseline: str | None = None,
     note: str = "",
+    columns: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Writes plot, results and card beside a checkpoint, and prints the comparison.
 
@@ -273,6 +274,7 @@ def write_runs(
         settings: Further settings of the training.
         baseline: The run whose best the others are compared with, if there is one.
         note: Further sentences of the card.
+        columns: Further columns of the comparison, as in `evidence.write_results`.
     """
     args = trainer.args
     if baseline:
@@ -281,19 +283,19 @@ def write_runs(
         plot_runs(runs, task.metric, folder / PLOT)
     training = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in _TRAINING}
     training |= {"steps": runs[0].figures["steps"], "processes": args.world_size, **(settings or {})}
-    columns = [
+    shown: list[Mapping[str, str]] = [
         {"key": f"best_{task.metric}", "title": f"best {task.metric}", "format": ".4g"},
         {"key": f"eval_{task.metric}", "title": "at the end", "format": ".4g"},
         {"key": "steps", "title": "steps", "format": "d"},
         {"key": "train_seconds", "title": "seconds", "format": ".1f"},
     ]
     if baseline:
-        columns += [
+        shown += [
             {"key": "steps_to_baseline", "title": f"steps to best of {baseline}", "format": "d"},
             {"key": "seconds_to_baseline", "title": f"seconds to best of {baseline}", "format": ".1f"},
         ]
     if any("corrupted_share" in run.figures for run in runs):
-        columns.append({"key": "corrupted_share", "title": "corrupted among the chosen", "format": ".1%"})
+        shown.append({"key": "corrupted_share", "title": "corrupted among the chosen", "format": ".1%"})
     results = write_results(
         folder / RESULTS,
         title=f"{METHODS[method].title} on {task.name}",
@@ -302,7 +304,7 @@ def write_runs(
         seeds=[args.seed],
         rows=[{"configuration": run.name, "seed": args.seed, **run.figures} for run in runs],
         claims=[],
-        columns=columns,
+        columns=[*shown, *columns],
         settings={**training, **configuration},
         plot=PLOT if plot else None,
     )

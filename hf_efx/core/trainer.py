@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import CONFIG_NAME
 
-from hf_efx.core.adapter import efx_record, restore_efx_model
+from hf_efx.core.adapter import efx_record, hold_pruned, restore_efx_model
 from hf_efx.core.arguments import EfxArgumentsMixin
 from hf_efx.core.card import write_model_card
 from hf_efx.core.checkpoints import explain_incomplete, explained_write_errors, last_complete_checkpoint
@@ -75,6 +75,8 @@ class EfxTrainerMixin(_Base):
         try:
             if self._resume_from is not None and self.model is not None and self.model_init is None:
                 self._match_structure(self.model, self._resume_from, fresh=self.optimizer is None)
+            if self.model is not None:
+                self._hold_pruned(self.model)
             self._move_step_context()
             return super().train(self._resume_from, *args, **kwargs)
         except KeyboardInterrupt:
@@ -88,7 +90,17 @@ class EfxTrainerMixin(_Base):
         model = super().call_model_init(trial)
         if self._resume_from is not None:
             self._match_structure(model, self._resume_from)
+        self._hold_pruned(model)
         return model
+
+    def _hold_pruned(self, model: nn.Module) -> None:
+        """Keeps a pruned model pruned, as `config.efx` says."""
+        if "pruned" in (efx_record(model) or {}) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "The model is pruned (config.efx), but FSDP and DeepSpeed flatten or shard its weights, so that their "
+                "zeros can't be held: train it with DDP, or give the zeros up with hf_efx.prune(model, 0)."
+            )
+        hold_pruned(model)
 
     def _move_step_context(self) -> None:
         """Adds the callback that the model's training-time methods need, unless one was passed."""
@@ -141,10 +153,11 @@ class EfxTrainerMixin(_Base):
         record = json.loads(config_file.read_bytes()).get("efx")
         present = efx_record(model)
         if _structure(record) == _structure(present):
-            if _training_methods(record):  # a loaded model has them in its config alone
+            # A loaded model has training-time methods in its config alone, and zeros that nothing holds.
+            if record is not None and (_training_methods(record) or "pruned" in record):
                 restore_efx_model(model, record)
             return
-        if present is not None:
+        if _structure(present):
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r} was saved with {_methods(record)}, but the model has "
                 f"{_methods(present)} in another structure or with other settings. Give the Trainer a model without "

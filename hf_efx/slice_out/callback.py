@@ -123,13 +123,3 @@ class SliceOutCallback(StepContextCallback):
             result["slice_out/time_ratio"] = self._times[1] / self._times[0]
             result["slice_out/seconds_saved"] = self._saved
         return result
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds the figures to a training log that doesn't have them yet: an EfxTrainer's has."""
-        logs = kwargs.get("logs") or {}
-        if "loss" not in logs and "train_loss" not in logs:
-            return
-        missing = {name: value for name, value in self.metrics().items() if name not in logs}
-        logs.update(missing)
-        if state.log_history:
-            state.log_history[-1].update(missing)

@@ -1,13 +1,12 @@
 """SliceOutConfig: which blocks are sliced, at which rate, and how slices are drawn."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
 
-from hf_efx.core.block_map import KINDS, Block
+from hf_efx.core.block_map import KINDS, Block, block_entry, block_fields
 from hf_efx.core.method_config import EfxMethodConfig
 from hf_efx.core.peft_bridge import EfxType, RefusingTuner, register_adapter
 from hf_efx.slice_out.blocks import choose_blocks, plan_blocks
@@ -146,7 +145,7 @@ class SliceOutConfig(EfxMethodConfig):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: expected a whole number of {least} or more.")
         if self.blocks is not None:
-            self.blocks = [_block(entry) for entry in self.blocks]
+            self.blocks = [block_entry(entry) for entry in self.blocks]
 
     def _check_targets(self) -> None:
         targets: Any = (self.targets,) if isinstance(self.targets, str) else self.targets
@@ -174,7 +173,7 @@ class SliceOutConfig(EfxMethodConfig):
         """See `EfxMethodConfig.method_fields`; blocks as dicts."""
         result = super().method_fields()
         if self.blocks is not None:
-            result["blocks"] = [_block_fields(block) for block in self.blocks]
+            result["blocks"] = [block_fields(block) for block in self.blocks]
         return result
 
     def rate_of(self, kind: str) -> float:
@@ -226,24 +225,6 @@ class SliceOutConfig(EfxMethodConfig):
     def merge(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Gives the modules their own classes and dropouts back."""
         take_off(model, plan)
-
-
-def _block(entry: Any) -> Block:
-    if isinstance(entry, Block):
-        return entry
-    known = {f.name for f in dataclasses.fields(Block)}
-    if not isinstance(entry, dict) or not set(entry) <= known:
-        raise ValueError(
-            f"blocks has the entry {entry!r}: expected a Block, such as Block('mlp', emits=['fc1'], reads=['fc2'])."
-        )
-    return Block(**entry)
-
-
-def _block_fields(block: Block) -> dict[str, Any]:
-    """The fields that differ from their defaults, as JSON values."""
-    values = {f.name: getattr(block, f.name) for f in dataclasses.fields(Block)}
-    values = {name: value for name, value in values.items() if value not in ((), {}, None, False)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 register_adapter(EfxType.EFX_SLICE_OUT, SliceOutConfig, RefusingTuner)

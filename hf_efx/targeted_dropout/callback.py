@@ -1,0 +1,58 @@
+"""TargetedDropoutCallback: targeted dropout under any Trainer, with its ramp in the logs."""
+
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_efx.core.adapter import get_efx_model
+from hf_efx.core.step_context import StepContextCallback
+from hf_efx.targeted_dropout.config import TargetedDropoutConfig
+from hf_efx.targeted_dropout.layers import Dropping, dropping_of
+
+
+class TargetedDropoutCallback(StepContextCallback):
+    """Drives targeted dropout and its ramp along with a Trainer and logs them (docs/metrics.md).
+
+    An EfxTrainer drives it without the callback; there it adds the figures alone.
+
+    Args:
+        config: Put on the model when training begins, where the model has none yet. None: the model has it.
+
+    Raises:
+        ValueError: When training begins, if the model has no targeted dropout and no config was given, or another one
+            than was given.
+    """
+
+    def __init__(self, config: TargetedDropoutConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.dropping: Dropping | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Puts the config on where it isn't yet."""
+        model = kwargs["model"]
+        self.dropping = dropping_of(model)
+        if self.dropping is None and self.config is not None:
+            get_efx_model(model, self.config)
+            self.dropping = dropping_of(model)
+        if self.dropping is None:
+            raise ValueError(
+                "TargetedDropoutCallback: the model has no targeted dropout. Pass a TargetedDropoutConfig, or call "
+                "get_efx_model(model, TargetedDropoutConfig(...)) first."
+            )
+        if self.config is not None and self.dropping.config.method_fields() != self.config.method_fields():
+            raise ValueError(
+                f"TargetedDropoutCallback: the model has {self.dropping.config.method_fields()}, the callback "
+                f"{self.config.method_fields()}. Leave the callback's config out, or call hf_efx.unload(model) first."
+            )
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def metrics(self) -> dict[str, float]:
+        """Targeting and rate of the last step, and the share of weights or units that a pass drops."""
+        if self.dropping is None:
+            return {}
+        targeting, rate = self.dropping.factors()
+        figures = {"targeting": targeting, "rate": rate, "dropped": self.dropping.dropped_share()}
+        return {f"targeted_dropout/{name}": value for name, value in figures.items()}

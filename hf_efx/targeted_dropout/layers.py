@@ -1,0 +1,231 @@
+"""Modules that drop weights or units in training steps, and are the dense ones otherwise.
+
+A module is swapped by its class, in place: parameters, state-dict keys and hooks stay, and nothing is ever written
+into a weight. All of a model share a `Dropping`, which finds the candidates and draws.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from hf_efx.core.adapter import hook_kept, swap_class
+from hf_efx.core.masks import UnitGroup, unit_columns, weak_units, weak_weights
+from hf_efx.core.step_context import StepContext
+from hf_efx.targeted_dropout.functional import Drop, Product, draw_kept, dropped_product
+from hf_efx.targeted_dropout.schedule import ramp_factors
+
+logger = logging.getLogger(__name__)
+
+_DROPPING = "_targeted_dropout"  # in the __dict__ of a swapped module
+
+
+@dataclass(eq=False)
+class Dropping:
+    """What a model drops: the candidates, and the draw of each pass.
+
+    Attributes:
+        config: The TargetedDropoutConfig.
+        context: Where the run is, and its random numbers.
+        modules: Layers by name: those whose weights are dropped, or of units all that emit them.
+        groups: The groups of units; empty where weights are dropped.
+        spared: By module or group: True for weights or units that aren't candidates. Empty before the first step.
+    """
+
+    config: Any
+    context: StepContext
+    modules: dict[str, nn.Module]
+    groups: list[UnitGroup]
+    spared: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def factors(self) -> tuple[float, float]:
+        """Targeting and rate at this step."""
+        config = self.config
+        targeting, rate = ramp_factors(config.ramp, self.context.step, config.ramp_steps or self.context.max_steps)
+        return config.targeting * targeting, config.rate * rate
+
+    def at_step_begin(self) -> None:
+        """Renews the candidates where it is time; after a checkpoint too, so that a resumed run has the same."""
+        if self.config.selection == "random" or self.config.rate == 0:
+            return
+        step = self.context.step
+        if not self.spared or step % self.config.refresh_every == 0 or step == self.context.saved_at:
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Finds the candidates of this step.
+
+        Raises:
+            ValueError: For NaN weights (the module is named), or sharded ones.
+        """
+        weights: dict[str, Any] = {name: module.weight for name, module in self.modules.items()}
+        for name, weight in weights.items():
+            if isinstance(weight, DTensor) or weight.numel() == 0:
+                raise ValueError(
+                    f"{name}.weight is sharded (FSDP, DeepSpeed ZeRO-3), so that its weakest entries can't be found: "
+                    f"train targeted dropout with DDP."
+                )
+        targeting, _ = self.factors()
+        if self.groups:
+            weak = weak_units(self.modules, self.groups, targeting, self.config.scope)
+        else:
+            weak = weak_weights(self.modules, targeting, self.config.scope)
+        self.spared = {name: mask.logical_not_() for name, mask in weak.items()}
+
+    def kept(self, name: str, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
+        """What of a module's weights, or of a group's units, is kept here and now; None for all."""
+        _, rate = self.factors()
+        generator = self.context.generator(f"targeted_dropout/{name}", device=device)
+        if generator is None or rate == 0:
+            return None
+        spared = self.spared.get(name)
+        if spared is not None and spared.device != device:
+            spared = self.spared[name] = spared.to(device)
+        return draw_kept(spared, rate, generator, shape=shape, device=device)
+
+    def dropped_share(self) -> float:
+        """Share of all weights, or units, that a pass drops, in the mean."""
+        targeting, rate = self.factors()
+        if self.config.selection == "random":
+            return rate
+        if not self.spared:
+            return rate * targeting
+        total = sum(mask.numel() for mask in self.spared.values())
+        return rate * sum(mask.numel() - int(mask.sum()) for mask in self.spared.values()) / total
+
+    @property
+    def scale(self) -> float:
+        """What kept weights are multiplied by: 1 / (1 - rate) of plain dropout, 1 of the targeted one."""
+        return 1 / (1 - self.factors()[1]) if self.config.selection == "random" else 1.0
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a swapped module drops of: its own weights, or units.
+
+    Attributes:
+        name: The module's, or that of the group of units.
+        size: Number of units; 0 for weights.
+        stacked: How many times the units stand side by side in the module's outputs; 0 for its inputs.
+    """
+
+    name: str
+    size: int = 0
+    stacked: int = 0
+
+
+class TargetedMember(nn.Module):
+    """What the swapped classes share: `forward` drops in training steps, and is the dense one otherwise.
+
+    Attributes:
+        whole_class: The dense class, whose forward sees the whole weight.
+        efx_method: For `core.adapter`, which lets no other method change the module.
+    """
+
+    whole_class: ClassVar[type[nn.Module]]
+    efx_method = "targeted_dropout"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As the dense class."""
+        if self.training:
+            drop = self._drop()
+            if drop is not None:
+                return self._product(x, drop)
+        return self.whole_class.forward(self, x)
+
+    @torch.compiler.disable()
+    def _product(self, x: torch.Tensor, drop: Drop) -> torch.Tensor:
+        weight: Any = self.weight
+        bias: Any = self.bias
+        x, product = self._prepare(x)
+        return dropped_product(x, weight, bias, drop, product)
+
+    def _prepare(self, x: torch.Tensor) -> tuple[torch.Tensor, Product]:
+        return x, Product("conv1d" if self.whole_class is Conv1D else "linear")
+
+    @torch.compiler.disable()
+    def _drop(self) -> Drop | None:
+        """What this pass drops; None where it is a dense one."""
+        dropping, role = self.__dict__[_DROPPING]
+        if not dropping.context.active:
+            if torch.is_grad_enabled() and not dropping.context.started:
+                dropping.context.started = True
+                logger.warning(
+                    "Targeted dropout is on, but no training step has begun, so that the model trains dense: use "
+                    "EfxTrainer, pass TargetedDropoutCallback() to another Trainer, or call begin_step and end_step "
+                    "of hf_efx.step_context(model) in a loop of your own."
+                )
+            return None
+        weight: Any = self.weight
+        if not role.size:
+            kept = dropping.kept(role.name, weight.shape, weight.device)
+            # Once a step: it belongs to the loss, not to each micro-batch.
+            l1 = dropping.config.l1 if dropping.context.micro_step == 0 else 0.0
+            return None if kept is None and not l1 else Drop(kept, None, dropping.scale, l1)
+        units = dropping.kept(role.name, torch.Size([role.size]), weight.device)
+        if units is None:
+            return None
+        transposed = self.whole_class is Conv1D
+        dim = int((role.stacked == 0) != transposed)
+        columns = unit_columns(units, weight.shape[dim], max(role.stacked, 1))
+        kept = columns.view([-1 if i == dim else 1 for i in range(weight.dim())]).expand_as(weight)
+        return Drop(kept, columns if role.stacked else None, dropping.scale)
+
+
+class TargetedLinear(TargetedMember, nn.Linear):
+    """A Linear that drops."""
+
+    whole_class = nn.Linear
+
+
+class TargetedConv1D(TargetedMember, Conv1D):
+    """transformers' Conv1D, weight [in, out], that drops."""
+
+    whole_class = Conv1D
+
+
+class TargetedConv2d(TargetedMember, nn.Conv2d):
+    """A Conv2d that drops."""
+
+    whole_class = nn.Conv2d
+
+    def _prepare(self, x: torch.Tensor) -> tuple[torch.Tensor, Product]:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
+        return x, Product("conv2d", self.stride, padding, self.dilation, self.groups)
+
+
+_CLASSES: Mapping[type[nn.Module], type[TargetedMember]] = {
+    cls.whole_class: cls for cls in (TargetedLinear, TargetedConv1D, TargetedConv2d)
+}
+
+
+def attach(module: nn.Module, dropping: Dropping, role: Role) -> None:
+    """Makes a module drop."""
+    with hook_kept(module):
+        swap_class(module, _CLASSES[type(module)])
+    module.__dict__[_DROPPING] = dropping, role
+
+
+def detach(module: nn.Module) -> Dropping | None:
+    """Makes it the dense one again, and returns what it belonged to; does nothing to others."""
+    if not isinstance(module, TargetedMember):
+        return None
+    dropping, _ = module.__dict__.pop(_DROPPING)
+    with hook_kept(module):
+        swap_class(module, module.whole_class)
+    return dropping
+
+
+def dropping_of(model: nn.Module) -> Dropping | None:
+    """What a model drops; None without targeted dropout."""
+    return next((m.__dict__[_DROPPING][0] for m in model.modules() if isinstance(m, TargetedMember)), None)
