@@ -1,6 +1,6 @@
 """The groups of units of a model: from the names in `core/block_map.py` to widths, heads and columns."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,29 +40,25 @@ def unit_groups(model: nn.Module, blocks: Iterable[Block] | None = None) -> list
     return [block_units(model, block) for block in found]
 
 
-def choose_groups(groups: Iterable[UnitGroup], config: Any) -> list[UnitGroup]:
-    """Those that target_modules, exclude_modules and layers_to_transform choose, by any of a group's modules.
+def named(members: Sequence[str], config: Any) -> bool:
+    """Whether a config chooses a block or group, by any of its modules.
 
     Args:
-        groups: The groups.
+        members: Names of its modules.
         config: An object with the fields target_modules, exclude_modules, layers_to_transform and layers_pattern, as
             in `core.method_config.EfxMethodConfig`.
     """
-    chosen = []
-    for group in groups:
-        targets = config.target_modules
-        if targets in (None, "all-linear"):
-            targets = [name.rpartition(".")[2] for name in group.members]
-        options = SimpleNamespace(
-            target_modules=targets,
-            exclude_modules=config.exclude_modules,
-            layers_to_transform=config.layers_to_transform,
-            layers_pattern=config.layers_pattern,
-        )
-        hits = [check_target_module_exists(options, name) for name in group.members]
-        if any(hits) and not any(isinstance(hit, _ExcludedModule) for hit in hits):
-            chosen.append(group)
-    return chosen
+    targets = config.target_modules
+    if targets in (None, "all-linear"):
+        targets = [name.rpartition(".")[2] for name in members]
+    options = SimpleNamespace(
+        target_modules=targets,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    hits = [check_target_module_exists(options, name) for name in members]
+    return any(hits) and not any(isinstance(hit, _ExcludedModule) for hit in hits)
 
 
 def own_columns(model: nn.Module, name: str) -> UnitGroup:

@@ -14,15 +14,14 @@ import logging
 import math
 import re
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from hf_efx.core.adapter import unsuitable
 from hf_efx.core.block_map import FoundBlock, block_map, find_blocks
+from hf_efx.core.block_units import named
 from hf_efx.core.weight_view import WeightView
 from hf_efx.slice_out.schedule import slice_width
 
@@ -42,7 +41,7 @@ def choose_blocks(model: nn.Module, config: "SliceOutConfig") -> list[FoundBlock
     """
     found = all_blocks(model, config)
     rates = block_rates(found, config)
-    chosen = [block for block in found if rates[block.name] > 0 and _named(block, config)]
+    chosen = [block for block in found if rates[block.name] > 0 and named(block.members, config)]
     if not chosen:
         there = sorted({block.name for block in found})
         raise ValueError(
@@ -100,21 +99,6 @@ def block_rates(found: list[FoundBlock], config: "SliceOutConfig") -> dict[str, 
             f"{found[0].name!r}."
         )
     return rates
-
-
-def _named(block: FoundBlock, config: "SliceOutConfig") -> bool:
-    """Whether target_modules, exclude_modules and layers_to_transform choose a block, by any of its modules."""
-    targets = config.target_modules
-    if targets in (None, "all-linear"):
-        targets = [name.rpartition(".")[2] for name in block.members]
-    options = SimpleNamespace(
-        target_modules=targets,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-    )
-    hits = [check_target_module_exists(options, name) for name in block.members]
-    return any(hits) and not any(isinstance(hit, _ExcludedModule) for hit in hits)
 
 
 def _check_modules(model: nn.Module, block: FoundBlock) -> None:

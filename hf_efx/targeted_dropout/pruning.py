@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_efx.core.adapter import match_targets, refuse_offloaded, swap_class, unsuitable
 from hf_efx.core.block_map import Block
-from hf_efx.core.block_units import choose_groups, unit_groups
+from hf_efx.core.block_units import named, unit_groups
 from hf_efx.core.efx_config import QUANT_METHOD, entry_config
 from hf_efx.core.masks import UnitGroup, unit_columns, unit_norms, weak_units, weak_weights
 from hf_efx.core.method_config import EfxMethodConfig
@@ -313,7 +313,7 @@ def chosen_groups(model: nn.Module, targets: EfxMethodConfig, blocks: Iterable[B
     found = find_groups(model, blocks)
     by_default = targets.target_modules in (None, "all-linear") and blocks is None
     reasons = {group.name: _unsuitable(model, group) for group in found}
-    chosen = choose_groups([g for g in found if not (by_default and reasons[g.name])], targets)
+    chosen = [g for g in found if not (by_default and reasons[g.name]) and named(g.members, targets)]
     for group in chosen:
         if reasons[group.name]:
             raise ValueError(
