@@ -137,6 +137,34 @@ def test_claims_of_targeted_dropout_pair_what_was_pruned_alike():
     assert "mlp, 75% of units pruned, targeted .66/.75: accuracy above that with none, pruned alike" in claims
 
 
+def test_prunability_in_the_sweep_and_the_control_by_seed():
+    sys.path.insert(0, str(SCRIPTS / "reproduce"))
+    study = load("reproduce/prunability.py")
+    losses = {0: (3.0, 2.0, 1.0), 1: (1.0, 2.0, 3.0)}
+    sweep = [
+        {"seed": seed, "hidden": width, "test_loss": loss, "prunability": 0.1 * width}
+        for seed, values in losses.items()
+        for width, loss in enumerate(values)
+    ]
+    assert study.sweep_taus(sweep, "prunability") == pytest.approx([-1, 1])
+    figures = {("true", 1): 0.2, ("permuted", 0): 0.5, ("permuted", 1): 0.3, ("true", 0): 0.1}
+    control = [{"labels": labels, "seed": seed, "prunability": v} for (labels, seed), v in figures.items()]
+    assert study.control_differences(control, "prunability") == pytest.approx([0.4, 0.1])
+
+
+def test_torch_prune_scans_to_the_hand_worked_fraction():
+    benchmark = load("benchmarks/prunability.py")
+    model = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[3.0, 1.0]]))
+
+    def losses(model):  # 0 whole, 0.5 without the small weight, 5 without both
+        return (model(torch.eye(2)) - torch.tensor([[3.0], [1.0]])).square()
+
+    assert [benchmark.peer_scan(model, losses, bound) for bound in (0.4, 0.5, 5.0)] == [1.0, 0.5, 0.01]
+    assert model.weight.tolist() == [[3.0, 1.0]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "program",

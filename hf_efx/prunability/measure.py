@@ -323,10 +323,12 @@ def _interval(curve: _LossCurve, tolerance: float, mode: str, seed: int) -> tupl
     losses = np.nan_to_num(np.stack([curve.losses[step] for step in steps]), posinf=1e30)
     n = losses.shape[1]
     weights = np.ones(n) if curve.weights is None else curve.weights
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_BOOTSTRAP) * weights
-    means = losses @ counts.T / counts.sum(1)  # [steps, draws]
-    excess = means - _bound(means[-1], tolerance, mode)
-    found = [math.ceil(_crossing(steps, column) - 1e-9) / STEPS for column in excess.T]
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(_BOOTSTRAP):  # one by one: all at once would hold 1,000 counts of each example
+        counts = np.bincount(generator.integers(n, size=n), minlength=n) * weights
+        means = losses @ counts / counts.sum()  # [steps]
+        excess = means - _bound(means[-1], tolerance, mode)
+        found.append(math.ceil(_crossing(steps, excess) - 1e-9) / STEPS)
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
 

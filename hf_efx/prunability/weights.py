@@ -45,7 +45,7 @@ def prunable_weights(model: nn.Module, embeddings: bool = False) -> dict[str, nn
             continue
         if not embeddings and (id(parameter) in tables or "embed" in name.rpartition(".")[2]):
             continue
-        if not parameter.is_floating_point():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ValueError(
                 f"the weight {name!r} is stored as {parameter.dtype}: prunability needs floating-point weights; load "
                 f"the model without quantization"
@@ -53,12 +53,9 @@ def prunable_weights(model: nn.Module, embeddings: bool = False) -> dict[str, nn
         if parameter.is_meta:
             raise ValueError(f"the weight {name!r} is on the meta device: load the model's weights first")
         found[name] = parameter
-    for name, module in model.named_modules():  # a quantised layer may hold its weight as a buffer
-        weight = vars(module).get("_buffers", {}).get("weight")
-        if weight is not None and weight.dim() >= 2 and not weight.is_floating_point():
-            raise ValueError(
-                f"the weight of {name!r} is stored as {weight.dtype}: load the model without quantization"
-            )
+    for name, buffer in model.named_buffers():  # a quantised layer may hold its weight as one: weight, qweight
+        if name.endswith("weight") and buffer.dim() >= 2 and not buffer.is_floating_point():
+            raise ValueError(f"{name!r} is stored as {buffer.dtype}: load the model without quantization")
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no matrix to prune"

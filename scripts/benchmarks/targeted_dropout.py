@@ -205,7 +205,7 @@ def _sort_all(modules: Sequence[nn.Module]) -> None:
 def _by_torch_pruning(dense: GPT2LMHeadModel, batch: torch.Tensor) -> dict[str, nn.Module]:
     """The same units by torch-pruning, where it is installed: it knows Linear, so Conv1D is turned into that."""
     try:
-        import torch_pruning
+        import torch_pruning  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
     model = copy.deepcopy(dense)

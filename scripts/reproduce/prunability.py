@@ -177,42 +177,52 @@ def notes(study: Any, sweep: Any, control: Any) -> list[str]:
     """What the claims leave out."""
     from hf_efx.prunability.statistics import kendall_tau
 
-    by = {gap: {line["measure"]: line for line in lines} for gap, lines in rankings(study).items()}
+    lines = {line["measure"]: line for line in rankings(study)[GAPS[0]]}
+    tau, granulated = lines[MAIN]["tau"], lines[MAIN]["granulated"]
     missed = [row["configuration"] for row in study.rows if not row["reached"]]
-    found: Mapping[str, float] = by[GAPS[0]][MAIN]["granulated"]
-    parts = ", ".join(f"{name.replace('_', ' ')} {tau:+.2f}" for name, tau in found.items())
-    within = "; ".join(
-        f"{images:,}: "
-        + ", ".join(
-            f"{gap.replace('_', ' ')} {kendall_tau([row[MAIN] for row in part], [row[gap] for row in part]):+.2f}"
-            for gap in GAPS
-        )
-        for images in sorted({row["images"] for row in study.compared})
-        for part in [[row for row in study.compared if row["images"] == images]]
-    )
+    sharper = [name for name, line in lines.items() if name not in FORMS and line["tau"] > tau]
+    within = []
+    for images in sorted({row["images"] for row in study.compared}):
+        part = [row for row in study.compared if row["images"] == images]
+        taus = {gap: kendall_tau([row[MAIN] for row in part], [row[gap] for row in part]) for gap in GAPS}
+        within.append(f"{images:,} images: {_figures(taus)}")
     kin = kendall_tau(study.values(MAIN), study.values("random_perturbation"))
-    alike = [row for row in sweep.rows if row["train_loss"] <= TARGET]
-    fitted = ", ".join(f"{name} {statistics.fmean(sweep_taus(alike, name)):+.2f}" for name in FORMS if alike)
-    controls = ", ".join(f"{name} {statistics.fmean(control_differences(control.rows, name)):+.2f}" for name in FORMS)
-    sharper = [
-        name for name, line in by[GAPS[0]].items() if name not in FORMS and line["tau"] > by[GAPS[0]][MAIN]["tau"]
-    ]
     return [
         "Prunability is the library's default (magnitude, global, loss at most 10% higher), all measures are taken on "
         f"the same {SAMPLE} training images; gaps on up to {TEST_IMAGES:,} test images. Its other forms are rows of "
         "their own: what else was tried.",
         "Intervals of tau are bootstraps over networks; differences are paired: both taus of each draw of networks.",
-        f"Tau of prunability with the accuracy gap where one hyperparameter alone differs: {parts}.",
-        f"Within networks of as many images: {within}.",
-        f"Measures with a higher tau than prunability's: {', '.join(sharper) or 'none'}. Kendall's tau of prunability "
-        f"with random_perturbation itself: {kin:.2f}.",
+        f"Tau of prunability with the accuracy gap where one hyperparameter alone differs: {_figures(granulated)}.",
+        f"Tau of prunability among networks of as many images: {'; '.join(within)}.",
+        f"Measures with a higher tau than prunability's: {', '.join(sharper) or 'none'}. Tau of prunability with "
+        f"random_perturbation itself: {kin:.2f}.",
         f"Trained as far as they went, and left out of the taus: {'; '.join(missed) or 'none'}.",
-        f"The sweep trains one hidden layer on {SWEEP['images']:,} images, {SWEEP['label_noise']:.0%} of the labels "
-        f"redrawn, for {EPOCHS} epochs whatever the loss; its test loss rises and falls again (double descent) where "
-        "training error reaches 0. Networks of other training losses don't compare: among those whose training loss "
-        f"is at most {TARGET}, the mean tau over seeds with the test loss is {fitted}.",
-        f"Permuted less true labels by form, mean over seeds: {controls}.",
+        *_more_notes(sweep.rows, control.rows),
     ]
+
+
+def _more_notes(sweep: Rows, control: Rows) -> list[str]:
+    """What the sweep and the control say beside their claims; both have seeds of their own."""
+    losses = {
+        width: statistics.fmean(row["test_loss"] for row in sweep if row["hidden"] == width)
+        for width in sorted({row["hidden"] for row in sweep})
+    }
+    alike = [row for row in sweep if row["train_loss"] <= TARGET]
+    taus = {name: statistics.fmean(sweep_taus(alike, name)) for name in FORMS if alike}
+    differences = {name: statistics.fmean(control_differences(control, name)) for name in FORMS}
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in control})))
+    return [
+        f"Sweep and control have the seeds {seeds}. The sweep trains one hidden layer on {SWEEP['images']:,} images, "
+        f"{SWEEP['label_noise']:.0%} of the labels redrawn, for {EPOCHS} epochs whatever the loss. Mean test loss by "
+        f"width: {', '.join(f'{width}: {loss:.2f}' for width, loss in losses.items())}.",
+        f"Mean tau with the test loss in the sweep, where the training loss is at most {TARGET}: {_figures(taus)}.",
+        f"Control, permuted less true labels by form: {_figures(differences)}.",
+    ]
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    """Named figures in a line, without those that aren't defined."""
+    return ", ".join(f"{name.replace('_', ' ')} {figure:+.2f}" for name, figure in figures.items() if figure == figure)
 
 
 def headline(study: Any) -> str:

@@ -270,11 +270,11 @@ def plot(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], path: Path) ->
     figure, axes = plt.subplots(1, len(kinds), figsize=(5.2 * len(kinds), 4.4), layout="constrained", squeeze=False)
     names = list(dict.fromkeys([*WEIGHTS, *UNITS, *FFN]))
     for axis, (part, kind) in zip(axes[0], kinds, strict=True):
-        for i, name in enumerate(names):
+        found = {}
+        for name in names:
             under = "weight" if name == DENSE and part != "lm" else kind
-            chosen = [r for r in rows if r["configuration"] == f"{part}: {under}: {name}"]
-            if not chosen:
-                continue
+            found[name] = [r for r in rows if r["configuration"] == f"{part}: {under}: {name}"]
+        for i, (name, chosen) in enumerate((n, c) for n, c in found.items() if c):
             values = np.array([[row[f"{kind}_{fraction:g}"] for fraction in FRACTIONS] for row in chosen])
             axis.plot(FRACTIONS, values.mean(0), "o-", markersize=3, color=f"C{i}", label=name)
             axis.fill_between(FRACTIONS, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, linewidth=0)

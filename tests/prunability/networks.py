@@ -56,8 +56,8 @@ def traces(model: nn.Module) -> dict[str, bytes]:
     result = {k: v.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for k, v in found.items()}
     result |= {f"mode {name}": bytes([module.training]) for name, module in model.named_modules()}
     result |= {f"version {name}": bytes([p._version]) for name, p in model.named_parameters()}
-    numpy_state: Any = np.random.get_state()[1]
-    return result | {"torch": torch.get_rng_state().numpy().tobytes(), "numpy": numpy_state.tobytes()}
+    numpy_state: Any = np.random.get_state()
+    return result | {"torch": torch.get_rng_state().numpy().tobytes(), "numpy": numpy_state[1].tobytes()}
 
 
 class Digits(nn.Module):

@@ -36,6 +36,7 @@ def test_figures_at_evaluations_and_a_training_unchanged(tmp_path):
     callback = PrunabilityCallback(data(), samples=100, task="classification", batch_size=50)
     trainer = run(tmp_path / "with", [callback])
     plain = run(tmp_path / "without", [])
+    assert trainer.model is not None and plain.model is not None
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True))
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
     assert [step for step, _ in callback.results] == [4, 8, 12] == [row["step"] for row in rows]

@@ -139,9 +139,8 @@ def test_a_data_set_gives_the_models_own_loss():
 
 
 def test_labels_of_classes_margins_and_accuracy():
-    config = BertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20, num_labels=3
-    )
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20)
+    config.num_labels = 3
     torch.manual_seed(0)
     model = BertForSequenceClassification(config).eval()
     rows = [{"input_ids": ids.tolist(), "label": i % 3} for i, ids in enumerate(torch.randint(20, (9, 5)))]

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from hf_efx import LowRankConfig, get_efx_model
 from hf_efx.prunability import prunability, weights
 from hf_efx.prunability.weights import WeightOrder, prunable_weights
 from prunability.networks import Odd, traces
@@ -149,6 +151,20 @@ def test_what_counts():
     assert list(with_tables) == ["position_embeddings", "words.weight", "layer.weight", "one_output.weight"]
 
 
+def test_of_lora_and_low_rank_layers_the_stored_matrices_count():
+    """What is stored is pruned, so that a factorised layer and its product give different numbers."""
+    model = nn.Sequential(nn.Linear(6, 8))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))  # pyright: ignore
+    names = [name.removeprefix("base_model.model.0.") for name in prunable_weights(adapted)]
+    assert names == ["base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"]
+    before = traces(adapted)
+    inputs = torch.ones(3, 6)
+    result = prunability(adapted, lambda m: (m(inputs) - 1).square().sum(1))
+    assert result.weights == 6 * 8 + 2 * 6 + 8 * 2 and traces(adapted) == before
+    factorised = get_efx_model(nn.Sequential(nn.Linear(6, 8)), LowRankConfig(rank=2, target_modules=["0"]))
+    assert sorted(weight.numel() for weight in prunable_weights(factorised).values()) == [12, 16]
+
+
 def test_what_cannot_be_ranked():
     with pytest.raises(ValueError, match="no matrix to prune; embeddings=True"):
         prunable_weights(nn.Embedding(3, 3))
@@ -160,9 +176,13 @@ def test_what_cannot_be_ranked():
         prunable_weights(whole)
     with pytest.raises(ValueError, match="meta device"):
         prunable_weights(nn.Linear(2, 2, device="meta"))
-    packed = nn.Module()
-    packed.register_buffer("weight", torch.ones(2, 2, dtype=torch.int8))
-    with pytest.raises(ValueError, match="stored as torch.int8"):
-        prunable_weights(nn.Sequential(nn.Linear(2, 2), packed))
+    whole.weight = nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="'weight' is stored as torch.float8_e4m3fn"):
+        prunable_weights(whole)
+    for name in ("weight", "qweight"):
+        packed = nn.Module()
+        packed.register_buffer(name, torch.ones(2, 2, dtype=torch.int8))
+        with pytest.raises(ValueError, match=f"'1.{name}' is stored as torch.int8"):
+            prunable_weights(nn.Sequential(nn.Linear(2, 2), packed))
     with pytest.raises(ValueError, match="fraction=1.5"), order_of(torch.ones(2, 2)).pruned(1.5):
         pass
