@@ -158,16 +158,16 @@ def pruning(dense: GPT2LMHeadModel, batch: torch.Tensor, rounds: int) -> list[Ro
 
     def ours(scope: Any) -> float:
         model = copy.deepcopy(dense)
-        return timed(lambda: prune(model, 0.9, scope=scope), device)
+        return timed(lambda: prune(model, 0.5, scope=scope), device)
 
     def theirs(scope: str) -> float:
         model = copy.deepcopy(dense)
         pairs = [(module, "weight") for module in layers(model)]
         if scope == "global":
             return timed(
-                lambda: torch_prune.global_unstructured(pairs, torch_prune.L1Unstructured, amount=0.9), device
+                lambda: torch_prune.global_unstructured(pairs, torch_prune.L1Unstructured, amount=0.5), device
             )
-        return timed(lambda: [torch_prune.l1_unstructured(*pair, 0.9) for pair in pairs], device)
+        return timed(lambda: [torch_prune.l1_unstructured(*pair, 0.5) for pair in pairs], device)
 
     sorted_once = functools.partial(_sort_all, layers(dense))
     times: dict[str, list[float]] = {}
