@@ -153,9 +153,8 @@ def _plan(model: nn.Module, groups: list[UnitGroup], kept: Mapping[str, torch.Te
     everything = find_groups(model, None)
     for group in groups:
         row = next((row for row in rows if re.search(row.pattern, group.name)), None)
-        reason = _why_not(model, row, group)
-        if reason or row is None:
-            left[group.name] = reason
+        if row is None:
+            left[group.name] = _why_not(model, group)
             continue
         alike = [g for g in everything if re.search(row.pattern, g.name)]
         count = _common_count(row, alike, kept)
@@ -180,11 +179,9 @@ def _plan(model: nn.Module, groups: list[UnitGroup], kept: Mapping[str, torch.Te
     return cut
 
 
-def _why_not(model: PreTrainedModel, row: Widths | None, group: UnitGroup) -> str | None:
-    """Why a transformers model can't be built without some units of a group, None if it can."""
+def _why_not(model: PreTrainedModel, group: UnitGroup) -> str:
+    """Why a transformers model without a row for a group can't be built without some of its units."""
     name = type(model.config).__name__
-    if row is not None:
-        return None
     if group.kind == "attention":
         return f"{name} has no field for fewer heads of the same width"
     return f"{name} has no field for this width"
@@ -251,10 +248,10 @@ def _tell(model: nn.Module, cut: _Cut) -> None:
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
         for name, value in cut.fields.items():
             setattr(config, name, value)
+    module: Any
     for module in model.modules():
-        for name in ("intermediate_size",):
-            if name in vars(module) and name in cut.fields:
-                setattr(module, name, cut.fields[name])
+        if "intermediate_size" in vars(module) and "intermediate_size" in cut.fields:
+            module.intermediate_size = cut.fields["intermediate_size"]
     for owner, values in cut.attributes.items():
         for name, value in values.items():
             setattr(model.get_submodule(owner), name, value)
