@@ -378,16 +378,22 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[l
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    """Prints the configurations and the claims to the terminal."""
+    """Prints the configurations and the claims to the terminal; few configurations of many figures side by side."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
+    console = Console()
     for name, (titles, lines) in {
         results.get("title", "results"): summary_table(results),
         "claims": claims_table(results["claims"]),
     }.items():
-        if lines:
-            table = Table(*titles, title=name)
-            for line in lines:
-                table.add_row(*(cell.replace("**", "") for cell in line))
-            Console().print(table)
+        if not lines:
+            continue
+        cells = [titles, *([cell.replace("**", "") for cell in line] for line in lines)]
+        width = 1 + sum(3 + max(map(len, column)) for column in zip(*cells, strict=True))
+        if width > console.width and len(lines) < len(titles):
+            cells = list(zip(*cells, strict=True))
+        table = Table(*(Column(title, overflow="fold") for title in cells[0]), title=name)  # no figure is cut off
+        for line in cells[1:]:
+            table.add_row(*line)
+        console.print(table)

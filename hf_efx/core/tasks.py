@@ -5,6 +5,7 @@ text; the same text labelled by the part of the library that it comes from (`ema
 ...: ten classes, 79% right for a bag of words where the largest class holds 17%); scikit-learn's digits.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from hf_efx.core import losses
 from hf_efx.core.causal_lm import DataOptions, check_fit
@@ -33,6 +39,11 @@ _AUTO_CLASSES: dict[str, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "text_classification": AutoModelForSequenceClassification,
     "image_classification": AutoModelForImageClassification,
+}
+_ARCHITECTURES = {  # by model type, what a checkpoint's config says that it is
+    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "text_classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "image_classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # At BERT's own 0.02 a model this small learns little in 300 steps (37% right on the library's text; 68% at 0.1).
@@ -81,7 +92,8 @@ class TaskOptions(DataOptions):
     """Which task, on which data, and how it is split."""
 
     task: Literal["text_classification", "image_classification", "causal_lm"] = field(
-        default="text_classification", metadata={"help": "What is learnt."}
+        default="text_classification",
+        metadata={"help": "What is learnt. Programs that measure a checkpoint take its own."},
     )
     dataset: str | None = field(
         default=None,
@@ -142,6 +154,28 @@ class TaskOptions(DataOptions):
             raise ValueError(f"max_train_examples={self.max_train_examples}: expected 2 or more.")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size={self.image_size}: expected 1 pixel or more.")
+
+    def of_checkpoint(self, name: str) -> "TaskOptions":
+        """These options with the task of a checkpoint, where they name none.
+
+        Args:
+            name: A folder or a name on the Hub.
+
+        Raises:
+            OSError: If there is no such checkpoint.
+            ValueError: If it was saved for another task than these.
+        """
+        config = checkpoint_config(name)
+        if self.task:
+            return self
+        classes = config.architectures or []
+        task = next((t for t, known in _ARCHITECTURES.items() if known.get(config.model_type) in classes), None)
+        if task is None:
+            raise ValueError(
+                f"model_name_or_path={name!r} was saved as {' or '.join(classes) or 'no class at all'}, which doesn't "
+                f"tell its task: name it with --task ({', '.join(_ARCHITECTURES)})."
+            )
+        return dataclasses.replace(self, task=task)
 
 
 @dataclass(frozen=True)
@@ -211,13 +245,14 @@ class LearningTask:
             "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
         }
 
-    def side_model(self, name: str, seed: int) -> PreTrainedModel:
+    def side_model(self, name: str, seed: int, trained: bool = False) -> PreTrainedModel:
         """A model beside the trained one (irreducible losses, proxy, scoring), by the text of an option.
 
         Args:
             name: A key of `SIZES`, `"type:settings"` as in `"bert:hidden_size=32,num_hidden_layers=1"`, or a
                 checkpoint; that of a text model must have the task's tokenizer.
             seed: Of new weights.
+            trained: As of `model_init`.
 
         Raises:
             OSError: If there is no such checkpoint.
@@ -236,28 +271,41 @@ class LearningTask:
                     f"the checkpoint {name!r} has another tokenizer than the task: name one for both with "
                     f"--tokenizer, or take a new model such as 'tiny'."
                 )
-        return self.model_init(seed, TaskModelOptions(model_name_or_path=name))
+        return self.model_init(seed, TaskModelOptions(model_name_or_path=name), trained=trained)
 
-    def model_init(self, seed: int, options: ModelOptions | None = None, size: str = "small") -> PreTrainedModel:
+    def model_init(
+        self, seed: int, options: ModelOptions | None = None, size: str = "small", trained: bool = False
+    ) -> PreTrainedModel:
         """A model for the task; equal seeds give equal new weights.
 
         Args:
             seed: Of new weights: a whole model's, or a checkpoint's new head.
             options: Which model; None for a new one of the named size.
             size: A key of `SIZES`, for where the options name no architecture.
+            trained: Whether a checkpoint is wanted as it was trained: a new head is refused.
 
         Raises:
             OSError: If there is no such checkpoint.
-            ValueError: If the options can't be used, or the model has no room for the data.
+            ValueError: If the options can't be used, the model has no room for the data, or a trained one lacks
+                weights for the task.
         """
         options = options or TaskModelOptions()
         config = self._config(options, size)
         torch.manual_seed(seed)
         if name := options.model_name_or_path:
             # A checkpoint's head for other classes is drawn anew; transformers lists what it does so with.
-            model = _AUTO_CLASSES[self.task].from_pretrained(
-                name, config=config, ignore_mismatched_sizes=bool(self.labels)
+            model, loaded = _AUTO_CLASSES[self.task].from_pretrained(
+                name, config=config, ignore_mismatched_sizes=bool(self.labels), output_loading_info=True
             )
+            drawn = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
+            if trained and drawn:
+                saved = " or ".join(config.architectures or ["no class"])
+                classes = f" with {len(self.labels)} classes" if self.labels else ""
+                raise ValueError(
+                    f"model_name_or_path={name!r}, saved as {saved}, has no {drawn[0]!r} for "
+                    f"task={self.task!r}{classes}, which would be random: name the task and the data of its "
+                    f"training with --task and --dataset."
+                )
         else:
             model = _AUTO_CLASSES[self.task].from_config(config)
         if self.tokenizer is not None:

@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     kinds = (TaskModelOptions, TaskOptions, PrunabilityOptions)
     parser = OptionParser(kinds, None, "hf-efx prunability", (__doc__ or "").splitlines()[0])
+    parser.set_defaults(task=None)
     model_options, task_options, options = parser.read(argv)
     try:
         name = model_options.model_name_or_path
@@ -116,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("model_name_or_path is missing: name a trained checkpoint with --model.")
         if options.plot:
             matplotlib_pyplot()
-        for one in (name, *options.compare):  # a wrong name shows before the data is read
+        task_options = task_options.of_checkpoint(name)
+        for one in options.compare:  # a wrong name shows before the data is read
             checkpoint_config(one)
         if task_options.holdout_share is None:
             task_options = dataclasses.replace(task_options, holdout_share=0.0)
@@ -139,7 +141,7 @@ def _measure(
 ) -> tuple[PrunabilityResult, dict[str, float]]:
     """Loads a checkpoint and measures it; the figures are those of the other measures and the seconds."""
     device = options.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    model: Any = task.side_model(name, options.seed)
+    model: Any = task.side_model(name, options.seed, trained=True)
     model.to(device)
     names = ("tolerance", "criterion", "scope", "tolerance_mode", "exhaustive", "seed", "embeddings")
     start = time.perf_counter()

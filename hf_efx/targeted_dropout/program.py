@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             baseline=program.compare[0] if program.compare else None,
             note="Nothing is pruned yet: this is an ordinary dense model, made to stand it.",
             columns=[
-                {"key": _key(fraction), "title": f"{task.metric}, {fraction:.0%} pruned", "format": ".4g"}
+                {"key": _key(fraction), "title": f"{fraction:.0%} pruned", "format": ".4g"}
                 for fraction in program.fractions
             ],
         )

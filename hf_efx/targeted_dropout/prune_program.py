@@ -31,7 +31,6 @@ from hf_efx.core.curves import PruningCurve, check_fractions
 from hf_efx.core.efx_config import config_class
 from hf_efx.core.evidence import print_results, public_command, summary_table, write_atomically, write_results
 from hf_efx.core.fingerprints import data_fingerprint
-from hf_efx.core.model_options import checkpoint_config
 from hf_efx.core.plots import matplotlib_pyplot
 from hf_efx.core.record import efx_record
 from hf_efx.core.task_data import load_task
@@ -120,11 +119,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = (TaskModelOptions, TaskOptions, PruneOptions, EfxArguments)
     parser = OptionParser(options, None, "prune.py", "Prunes a checkpoint, and shows how it stands that.")
-    parser.set_defaults(**program_defaults(), output_dir="runs/pruned")
+    parser.set_defaults(**program_defaults(), output_dir="runs/pruned", task=None)
     model_options, task_options, pruning, args = parser.read(argv)
     set_up_logging(args)
     keep_card, args.model_card = args.model_card, False  # the card below says more than one written on a push
     try:
+        name = model_options.model_name_or_path
+        if not name:
+            raise ValueError("model_name_or_path is missing: name the checkpoint to prune with --model.")
+        task_options = task_options.of_checkpoint(name)  # a wrong name shows before the data is read
         trainer, task = _load(model_options, task_options, args, pruning.plot)
         model: Any = trainer.model
         if pruning.fraction:  # what can't be pruned shows before the curve is drawn
@@ -168,16 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(
     model_options: TaskModelOptions, task_options: TaskOptions, args: Any, plot: bool
 ) -> tuple[EfxTrainer, LearningTask]:
-    name = model_options.model_name_or_path
-    if not name:
-        raise ValueError("model_name_or_path is missing: name the checkpoint to prune with --model.")
     if plot:
         matplotlib_pyplot()
-    checkpoint_config(name)  # a wrong name shows before the data is read
     with args.main_process_first(desc="loading the data"):
-        task = load_task(task_options, name)
+        task = load_task(task_options, model_options.model_name_or_path)
     Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
-    model = task.model_init(args.seed, model_options)
+    model = task.model_init(args.seed, model_options, trained=True)
     return EfxTrainer(model, args, train_dataset=task.train, **task.trainer_parts), task
 
 

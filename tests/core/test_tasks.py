@@ -166,6 +166,26 @@ def test_a_checkpoint_takes_no_overrides_and_may_get_a_new_head(load, tmp_path):
         task.model_init(0, TaskModelOptions(model_name_or_path=str(tmp_path), config_overrides="hidden_size=8"))
 
 
+def test_the_task_of_a_checkpoint_and_what_was_not_trained_for_it(load, tmp_path):
+    task = load(max_train_examples=20)
+    task.model_init(seed=0).save_pretrained(tmp_path / "bert")
+    options = TaskOptions(block_size=8)
+    options.task = None  # as programs that measure a checkpoint have it
+    assert options.of_checkpoint(str(tmp_path / "bert")) == TaskOptions(block_size=8, task="text_classification")
+    assert TaskOptions(task="causal_lm").of_checkpoint(str(tmp_path / "bert")).task == "causal_lm"
+    checkpoint = TaskModelOptions(model_name_or_path=str(tmp_path / "bert"))
+    assert task.model_init(0, checkpoint, trained=True).num_labels == len(task.labels)
+    other = dataclasses.replace(task, labels=("a", *task.labels))
+    assert other.model_init(0, checkpoint).num_labels == len(other.labels)
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification, has no 'classifier.* would be random"):
+        other.model_init(0, checkpoint, trained=True)
+    task.model_init(0).bert.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"bare' was saved as BertModel, which doesn't tell its task: .* --task"):
+        options.of_checkpoint(str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match="saved as BertModel, has no 'classifier"):
+        task.model_init(0, TaskModelOptions(model_name_or_path=str(tmp_path / "bare")), trained=True)
+
+
 def test_images_fit_their_model():
     task = load_task(TaskOptions(task="image_classification", label_noise=0.1))
     train = task.train

@@ -18,7 +18,7 @@ from hf_efx.core.tasks import LearningTask, TaskModelOptions, TaskOptions
 from hf_efx.targeted_dropout import prune_program
 
 TEXT = ["the cat sat on the mat", "a dog ran in the park", "one two three four five", "so it goes on and on"]
-OPTIONS = ["--task", "causal_lm", "--block_size", "16", "--fractions", "0", "0.5", "0.9", "--timed_rounds", "1"]
+OPTIONS = ["--block_size", "16", "--fractions", "0", "0.5", "0.9", "--timed_rounds", "1"]
 QUIET = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--no_plot"]
 
 
