@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_efx import FactorDecayCallback, LowRankArguments, LowRankConfig, LowRankTrainer, step_context
+from hf_efx.core.task_run import end_processes
 
 STEPS, BATCH = 3, 4
 SWITCH_STEPS, SWITCH_AT, KILL_AT = 8, 4, 6
@@ -226,7 +227,8 @@ def main(folder: Path) -> None:
     }
     if accelerator.is_main_process:
         (folder / "results.json").write_text(json.dumps(results))
-    accelerator.end_training()
+    accelerator.free_memory()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Runs of a program on a `LearningTask`, side by side, by steps and by seconds: plot, results, card."""
 
 import dataclasses
+import gc
 import json
 import logging
 import re
@@ -74,6 +75,7 @@ def end_processes() -> None:
     """Ends the process group of a program without a Trainer at its end, if there is one."""
     state = PartialState()
     state.wait_for_everyone()
+    gc.collect()  # Trainers that are done: `EfxTrainerMixin.end` says why
     state.destroy_process_group()
 
 

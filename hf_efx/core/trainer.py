@@ -5,6 +5,7 @@ It goes over `Trainer`, `Seq2SeqTrainer` or trl's `SFTTrainer`, and changes no t
     class MySFTTrainer(EfxTrainerMixin, SFTTrainer): ...
 """
 
+import gc
 import json
 import logging
 import os
@@ -84,6 +85,17 @@ class EfxTrainerMixin(_Base):
             raise
         finally:
             self._resume_from = None
+
+    def end(self) -> None:
+        """Ends trackers and the process group, as the base class does; the model stays.
+
+        Before that it lets go of `DistributedDataParallel`: destroyed after its group it waits for Gloo's threads,
+        which may wait for the interpreter, and the process never ends (pytorch issues 56297 and 190489).
+        """
+        self.accelerator.free_memory()
+        self.model_wrapped = self.model
+        gc.collect()
+        super().end()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Makes the model (`model_init`), in the structure of the checkpoint that is resumed from, if any."""

@@ -34,7 +34,14 @@ from hf_efx.core.fingerprints import data_fingerprint
 from hf_efx.core.plots import matplotlib_pyplot
 from hf_efx.core.record import efx_record
 from hf_efx.core.task_data import load_task
-from hf_efx.core.task_run import RESULTS, data_settings, program_defaults, push_and_end, set_up_logging
+from hf_efx.core.task_run import (
+    RESULTS,
+    data_settings,
+    end_processes,
+    program_defaults,
+    push_and_end,
+    set_up_logging,
+)
 from hf_efx.core.tasks import LearningTask, TaskModelOptions, TaskOptions
 from hf_efx.core.trainer import EfxTrainer
 from hf_efx.registry import METHODS
@@ -165,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"checkpoint: {folder}" if report is not None else f"nothing was pruned for good; the curve: {folder}")
     if pruning.fraction:
         push_and_end(trainer)
+    else:
+        end_processes()
     return 0
 
 

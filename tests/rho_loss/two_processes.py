@@ -3,6 +3,7 @@
 FOLDER holds the tables of irreducible losses; each process writes what it chose to FOLDER/results-<rank>.json.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_efx.rho_loss.irreducible_table import load_irreducible_losses
 from rho_loss.runs import Net, Plain, logs, trainer
@@ -93,7 +95,9 @@ def main(folder: Path) -> None:
         run.train()
         results[f"text, {side}"] = result(run)
     (folder / f"results-{accelerator.process_index}.json").write_text(json.dumps(results))
-    accelerator.end_training()
+    run.end()
+    # One that outlives its group can keep the process from ending.
+    assert not any(type(one) is DistributedDataParallel for one in gc.get_objects())
 
 
 if __name__ == "__main__":
