@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "mlp": f"hidden layers of {HIDDEN}",
             "cnn": "a stem, two blocks of two convolutions with batch norm, a hidden layer of 256",
             "lm": f"GPT-2, {LM}, blocks of {BLOCK} tokens, {VOCABULARY} byte-pair tokens; feed-forward units alone",
-            "method": "rate / targeting; candidates renewed every 50 steps; a ramp takes the whole run",
+            "method": "rate / targeting; candidates renewed every 50 steps; a ramp takes two thirds of the run",
             "optimiser": f"AdamW without decay, rates {RATES}, falling to 0; batches {BATCHES}",
             "examples": lengths,
             "steps": steps,
