@@ -54,7 +54,7 @@ def infer_task(model: nn.Module) -> Task:
     model = base_model(model)
     names = {cls.__name__ for cls in type(model).__mro__}
     config: Any = getattr(model, "config", None)
-    found: set[Task] = {task for task, heads in _HEADS if any(names & _class_names(head) for head in heads)}
+    found: set[Task] = {task for task, heads in _HEADS if any(names & class_names(head) for head in heads)}
     if found & _LANGUAGE_MODELS:  # BART's one class stands in several lists
         seq2seq = bool(getattr(config, "is_encoder_decoder", False))
         found = {"seq2seq"} if seq2seq else found - {"seq2seq"}
@@ -74,7 +74,8 @@ def infer_task(model: nn.Module) -> Task:
 
 
 @cache
-def _class_names(head: str) -> frozenset[str]:
+def class_names(head: str) -> frozenset[str]:
+    """The transformers classes with a head, by the name of its mapping such as `"CAUSAL_LM"`."""
     values = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").values()
     return frozenset(name for value in values for name in ((value,) if isinstance(value, str) else value))
 

@@ -23,16 +23,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
 
 from hf_efx.core import losses
 from hf_efx.core.causal_lm import DataOptions, check_fit
 from hf_efx.core.image_data import ImageCollator
 from hf_efx.core.model_options import ModelOptions, checkpoint_config, parse_overrides, scratch_config
+from hf_efx.core.scoring import class_names
 
 CORRUPTED_COLUMN = "corrupted"
 _AUTO_CLASSES: dict[str, Any] = {
@@ -40,10 +36,10 @@ _AUTO_CLASSES: dict[str, Any] = {
     "text_classification": AutoModelForSequenceClassification,
     "image_classification": AutoModelForImageClassification,
 }
-_ARCHITECTURES = {  # by model type, what a checkpoint's config says that it is
-    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "text_classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "image_classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+_HEADS = {  # as transformers names its lists of classes
+    "causal_lm": "CAUSAL_LM",
+    "text_classification": "SEQUENCE_CLASSIFICATION",
+    "image_classification": "IMAGE_CLASSIFICATION",
 }
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # At BERT's own 0.02 a model this small learns little in 300 steps (37% right on the library's text; 68% at 0.1).
@@ -92,8 +88,7 @@ class TaskOptions(DataOptions):
     """Which task, on which data, and how it is split."""
 
     task: Literal["text_classification", "image_classification", "causal_lm"] = field(
-        default="text_classification",
-        metadata={"help": "What is learnt. Programs that measure a checkpoint take its own."},
+        default="text_classification", metadata={"help": "What is learnt."}
     )
     dataset: str | None = field(
         default=None,
@@ -155,7 +150,16 @@ class TaskOptions(DataOptions):
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size={self.image_size}: expected 1 pixel or more.")
 
-    def of_checkpoint(self, name: str) -> "TaskOptions":
+
+@dataclass
+class CheckpointTaskOptions(TaskOptions):
+    """The task that a checkpoint was trained for, and on which data it is measured."""
+
+    task: Literal["text_classification", "image_classification", "causal_lm"] | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "What the checkpoint was trained for. Without it as its class says."}
+    )
+
+    def of_checkpoint(self, name: str) -> "CheckpointTaskOptions":
         """These options with the task of a checkpoint, where they name none.
 
         Args:
@@ -163,17 +167,16 @@ class TaskOptions(DataOptions):
 
         Raises:
             OSError: If there is no such checkpoint.
-            ValueError: If it was saved for another task than these.
+            ValueError: If its class doesn't tell the task.
         """
-        config = checkpoint_config(name)
+        classes = checkpoint_config(name).architectures or []
         if self.task:
             return self
-        classes = config.architectures or []
-        task = next((t for t, known in _ARCHITECTURES.items() if known.get(config.model_type) in classes), None)
+        task: Any = next((task for task, head in _HEADS.items() if class_names(head) & {*classes}), None)
         if task is None:
             raise ValueError(
                 f"model_name_or_path={name!r} was saved as {' or '.join(classes) or 'no class at all'}, which doesn't "
-                f"tell its task: name it with --task ({', '.join(_ARCHITECTURES)})."
+                f"tell its task: name it with --task ({', '.join(_HEADS)})."
             )
         return dataclasses.replace(self, task=task)
 

@@ -23,7 +23,7 @@ from hf_efx.core.fingerprints import data_fingerprint
 from hf_efx.core.model_options import checkpoint_config
 from hf_efx.core.plots import matplotlib_pyplot
 from hf_efx.core.task_data import load_task
-from hf_efx.core.tasks import LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.core.tasks import CheckpointTaskOptions, LearningTask, TaskModelOptions
 from hf_efx.prunability.baselines import Network, baseline_measures
 from hf_efx.prunability.measure import PrunabilityResult, prunability
 from hf_efx.prunability.sample import Sample
@@ -107,9 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 130 after Ctrl-C. Wrong input ends with SystemExit(2) and a line that says what to do.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    kinds = (TaskModelOptions, TaskOptions, PrunabilityOptions)
+    kinds = (TaskModelOptions, CheckpointTaskOptions, PrunabilityOptions)
     parser = OptionParser(kinds, None, "hf-efx prunability", (__doc__ or "").splitlines()[0])
-    parser.set_defaults(task=None)
     model_options, task_options, options = parser.read(argv)
     try:
         name = model_options.model_name_or_path

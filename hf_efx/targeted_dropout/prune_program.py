@@ -42,7 +42,7 @@ from hf_efx.core.task_run import (
     push_and_end,
     set_up_logging,
 )
-from hf_efx.core.tasks import LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.core.tasks import CheckpointTaskOptions, LearningTask, TaskModelOptions
 from hf_efx.core.trainer import EfxTrainer
 from hf_efx.registry import METHODS
 from hf_efx.targeted_dropout.curve import FRACTIONS, pruning_curve
@@ -124,17 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 130 after Ctrl-C. Wrong input ends with SystemExit(2) and a line that says what to do.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = (TaskModelOptions, TaskOptions, PruneOptions, EfxArguments)
+    options = (TaskModelOptions, CheckpointTaskOptions, PruneOptions, EfxArguments)
     parser = OptionParser(options, None, "prune.py", "Prunes a checkpoint, and shows how it stands that.")
-    parser.set_defaults(**program_defaults(), output_dir="runs/pruned", task=None)
+    parser.set_defaults(**program_defaults(), output_dir="runs/pruned")
     model_options, task_options, pruning, args = parser.read(argv)
     set_up_logging(args)
     keep_card, args.model_card = args.model_card, False  # the card below says more than one written on a push
     try:
-        name = model_options.model_name_or_path
-        if not name:
-            raise ValueError("model_name_or_path is missing: name the checkpoint to prune with --model.")
-        task_options = task_options.of_checkpoint(name)  # a wrong name shows before the data is read
         trainer, task = _load(model_options, task_options, args, pruning.plot)
         model: Any = trainer.model
         if pruning.fraction:  # what can't be pruned shows before the curve is drawn
@@ -178,12 +174,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(
-    model_options: TaskModelOptions, task_options: TaskOptions, args: Any, plot: bool
+    model_options: TaskModelOptions, task_options: CheckpointTaskOptions, args: Any, plot: bool
 ) -> tuple[EfxTrainer, LearningTask]:
+    name = model_options.model_name_or_path
+    if not name:
+        raise ValueError("model_name_or_path is missing: name the checkpoint to prune with --model.")
     if plot:
         matplotlib_pyplot()
+    task_options = task_options.of_checkpoint(name)  # a wrong name shows before the data is read
     with args.main_process_first(desc="loading the data"):
-        task = load_task(task_options, model_options.model_name_or_path)
+        task = load_task(task_options, name)
     Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
     model = task.model_init(args.seed, model_options, trained=True)
     return EfxTrainer(model, args, train_dataset=task.train, **task.trainer_parts), task

@@ -12,7 +12,7 @@ from hf_efx.core import library_text
 from hf_efx.core.library_text import REFERENCE, labelled_library_text, standard_library_text
 from hf_efx.core.model_options import parse_overrides
 from hf_efx.core.task_data import LabelledTextCollator, accuracy, load_task, most_likely
-from hf_efx.core.tasks import SIZES, LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.core.tasks import SIZES, CheckpointTaskOptions, LearningTask, TaskModelOptions, TaskOptions
 
 WORDS = ("cats purr", "dogs bark", "cows moo")
 
@@ -169,10 +169,10 @@ def test_a_checkpoint_takes_no_overrides_and_may_get_a_new_head(load, tmp_path):
 def test_the_task_of_a_checkpoint_and_what_was_not_trained_for_it(load, tmp_path):
     task = load(max_train_examples=20)
     task.model_init(seed=0).save_pretrained(tmp_path / "bert")
-    options = TaskOptions(block_size=8)
-    options.task = None  # as programs that measure a checkpoint have it
-    assert options.of_checkpoint(str(tmp_path / "bert")) == TaskOptions(block_size=8, task="text_classification")
-    assert TaskOptions(task="causal_lm").of_checkpoint(str(tmp_path / "bert")).task == "causal_lm"
+    options = CheckpointTaskOptions(block_size=8)
+    found = options.of_checkpoint(str(tmp_path / "bert"))
+    assert found == CheckpointTaskOptions(block_size=8, task="text_classification")
+    assert CheckpointTaskOptions(task="causal_lm").of_checkpoint(str(tmp_path / "bert")).task == "causal_lm"
     checkpoint = TaskModelOptions(model_name_or_path=str(tmp_path / "bert"))
     assert task.model_init(0, checkpoint, trained=True).num_labels == len(task.labels)
     other = dataclasses.replace(task, labels=("a", *task.labels))

@@ -60,7 +60,7 @@ def test_an_image_classifier_beside_all_that_it_compares_with(images, tmp_path):
     assert {e["targeted_dropout/dropped"] for e in plain["log_history"] if "loss" in e} == {0.5}
     card = ModelCard.load(tmp_path / "README.md")
     assert "| targeted_dropout.targeting | `0.5` |" in card.text and "ordinary dense model" in card.text
-    assert "50% pruned" in card.text and card.data.eval_results[0].metric_type == "accuracy"  # pyright: ignore
+    assert "| 50% pruned |" in card.text and card.data.eval_results[0].metric_type == "accuracy"  # pyright: ignore
     AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
