@@ -1,8 +1,9 @@
 """hf_efx: research methods for efficient and uncertainty-aware training, over the Hugging Face ecosystem.
 
 Public names are imported when they are first used: `import hf_efx` loads neither torch nor peft. Its one side effect
-is a post-import hook: when transformers loads its quantizer registry, `hf_efx.core.loading` registers itself there,
-so that plain `AutoModel....from_pretrained` reads efx checkpoints, whichever of the two packages was imported first.
+is a post-import hook: when transformers loads its quantizer registry, `hf_efx.core.model.loading` registers itself
+there, so that plain `AutoModel....from_pretrained` reads efx checkpoints, whichever of the two packages was imported
+first.
 """
 
 import importlib
@@ -13,14 +14,15 @@ import wrapt
 from hf_efx.version import __version__
 
 if TYPE_CHECKING:
-    from hf_efx.core.adapter import default_targets, get_efx_model, merge_and_unload, unload
-    from hf_efx.core.arguments import EfxArguments
-    from hf_efx.core.block_map import Block
-    from hf_efx.core.efx_config import EfxConfig
-    from hf_efx.core.example_ids import add_example_ids
-    from hf_efx.core.peft_bridge import register_peft
-    from hf_efx.core.step_context import step_context
-    from hf_efx.core.trainer import EfxTrainer, EfxTrainerMixin
+    from hf_efx.core.data.example_ids import add_example_ids
+    from hf_efx.core.model.adapter import get_efx_model, merge_and_unload, unload
+    from hf_efx.core.model.block_map import Block
+    from hf_efx.core.model.peft_bridge import register_peft
+    from hf_efx.core.model.record import EfxConfig
+    from hf_efx.core.model.targets import default_targets
+    from hf_efx.core.training.arguments import EfxArguments
+    from hf_efx.core.training.step_context import step_context
+    from hf_efx.core.training.trainer import EfxTrainer, EfxTrainerMixin
     from hf_efx.goldiprox import (
         GoldiProxMixin,
         GoldiProxTrainer,
@@ -68,14 +70,15 @@ if TYPE_CHECKING:
     )
 
 _PUBLIC = {
-    "hf_efx.core.adapter": ("default_targets", "get_efx_model", "merge_and_unload", "unload"),
-    "hf_efx.core.arguments": ("EfxArguments",),
-    "hf_efx.core.block_map": ("Block",),
-    "hf_efx.core.efx_config": ("EfxConfig",),
-    "hf_efx.core.example_ids": ("add_example_ids",),
-    "hf_efx.core.peft_bridge": ("register_peft",),
-    "hf_efx.core.step_context": ("step_context",),
-    "hf_efx.core.trainer": ("EfxTrainer", "EfxTrainerMixin"),
+    "hf_efx.core.model.adapter": ("get_efx_model", "merge_and_unload", "unload"),
+    "hf_efx.core.training.arguments": ("EfxArguments",),
+    "hf_efx.core.model.block_map": ("Block",),
+    "hf_efx.core.model.record": ("EfxConfig",),
+    "hf_efx.core.model.targets": ("default_targets",),
+    "hf_efx.core.data.example_ids": ("add_example_ids",),
+    "hf_efx.core.model.peft_bridge": ("register_peft",),
+    "hf_efx.core.training.step_context": ("step_context",),
+    "hf_efx.core.training.trainer": ("EfxTrainer", "EfxTrainerMixin"),
     "hf_efx.goldiprox": (
         "GoldiProxMixin",
         "GoldiProxTrainer",
@@ -138,4 +141,4 @@ def __dir__() -> list[str]:
 
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register_loading(module: Any) -> None:
-    importlib.import_module("hf_efx.core.loading")
+    importlib.import_module("hf_efx.core.model.loading")

@@ -147,8 +147,8 @@ def _plan(argv: Sequence[str]) -> int:
         known = [m.command for m in METHODS.values() if m.config]
         return _fail(f"--method {wanted!r} has no config to plan with; there are {', '.join(known)}.")
 
-    from hf_efx.core.command_line import OptionParser
-    from hf_efx.core.model_options import ModelOptions
+    from hf_efx.programs.command_line import OptionParser
+    from hf_efx.programs.model_options import ModelOptions
 
     logging.getLogger("hf_efx").setLevel(logging.ERROR)  # the table says which layers stay dense
     parser = OptionParser((ModelOptions, PlanOptions), _load(method.config), "hf-efx plan", "What a config would do.")
@@ -165,7 +165,7 @@ def _skeleton(options: Any, weights: bool) -> Any:
     import torch
     import transformers
 
-    from hf_efx.core.model_options import checkpoint_config, scratch_config
+    from hf_efx.programs.model_options import checkpoint_config, scratch_config
 
     name = options.model_name_or_path
     config = checkpoint_config(name) if name else scratch_config(options.model_type, options.config_overrides)
@@ -185,8 +185,8 @@ def _skeleton(options: Any, weights: bool) -> Any:
 
 def _show_plan(model: Any, config: Any) -> None:
     """Applies a config to a model and prints parameters before and after, layers of one kind in one row."""
-    from hf_efx.core.adapter import efx_record, get_efx_model
-    from hf_efx.core.weight_view import DENSE_TYPES
+    from hf_efx.core.model.adapter import efx_record, get_efx_model
+    from hf_efx.core.model.weight_view import DENSE_TYPES
 
     dense = {name: _count(module) for name, module in model.named_modules() if type(module) in DENSE_TYPES}
     before = _count(model)

@@ -68,8 +68,8 @@ def job(options: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from hf_efx.core.causal_lm import DataOptions, load_corpus
     from hf_efx.low_rank.train_gpt2 import plot_losses
+    from hf_efx.programs.causal_lm import DataOptions, load_corpus
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -106,8 +106,8 @@ def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = (
     from transformers import PrinterCallback
 
     from hf_efx import LowRankArguments, LowRankConfig
-    from hf_efx.core.model_options import ModelOptions
     from hf_efx.low_rank.causal_lm import causal_lm_trainer, scratch_model
+    from hf_efx.programs.model_options import ModelOptions
 
     factors = RUNS[name]
     config = LowRankConfig(rank=RANK, **factors) if factors else None
@@ -221,7 +221,7 @@ def save(
     import torch
     from safetensors.torch import save_file
 
-    from hf_efx.core.evidence import public_command, write_results
+    from hf_efx.core.results.evidence import public_command, write_results
     from hf_efx.low_rank.train_gpt2 import write_causal_lm_card
 
     model.eval().cpu().save_pretrained(folder)

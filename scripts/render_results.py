@@ -16,9 +16,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hf_efx.core.arguments import describe_options
-from hf_efx.core.card import MethodRow, markdown_table, render_result_card
-from hf_efx.core.evidence import claims_table, read_results, summary_table, write_atomically
+from hf_efx.core.files import write_atomically
+from hf_efx.core.results.card import MethodRow, markdown_table, render_result_card
+from hf_efx.core.results.evidence import claims_table, read_results, summary_table
+from hf_efx.core.training.arguments import describe_options
 from hf_efx.registry import METHODS
 
 KINDS = {"study": "scripts/reproduce/results", "benchmark": "scripts/benchmarks/results"}

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 import hf_efx
-from hf_efx.core.method_config import EfxMethodConfig
+from hf_efx.core.model.method_config import EfxMethodConfig
 
 LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, CLASSES = 2, 32, 4, 64, 12, 5
 

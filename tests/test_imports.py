@@ -1,6 +1,7 @@
 """What an import costs and touches, and who may import whom."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import sys
@@ -31,24 +32,52 @@ def imported(file: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "hf_efx"}
 
 
-def methods_in(modules: set[str]) -> set[str]:
-    parts = {name.split(".")[1] for name in modules if "." in name}
-    return parts & METHODS.keys()
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_core_imports_no_method() -> None:
-    files = sorted((PACKAGE / "core").rglob("*.py"))
-    assert len(files) > 10
-    assert {file.name: methods_in(imported(file)) for file in files} == {file.name: set() for file in files}
+FILES = {module_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+# Which modules of ours each module imports; a package that hands names on counts as itself.
+IMPORTS = {
+    module: {name if name in FILES else name.rpartition(".")[0] for name in imported(file)}
+    for module, file in FILES.items()
+}
+
+
+def rooms(modules: set[str]) -> set[str]:
+    """The folders below the package, such as `core`, `programs` or a method's."""
+    return {name.split(".")[1] for name in modules if name.count(".") > 1 or name.removeprefix("hf_efx.") in ROOMS}
+
+
+ROOMS = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()}
+
+
+def test_core_imports_neither_methods_nor_programs() -> None:
+    inside = {module: rooms(names) for module, names in IMPORTS.items() if module.startswith("hf_efx.core")}
+    assert len(inside) > 30
+    assert {module: found - {"core"} for module, found in inside.items()} == dict.fromkeys(inside, set())
+
+
+def test_programs_import_core_and_no_method() -> None:
+    inside = {module: rooms(names) for module, names in IMPORTS.items() if module.startswith("hf_efx.programs.")}
+    assert len(inside) > 4
+    assert {module: found - {"core", "programs"} for module, found in inside.items()} == dict.fromkeys(inside, set())
 
 
 @pytest.mark.parametrize("method", METHOD_FOLDERS)
-def test_methods_do_not_import_each_other(method: str) -> None:
-    files = sorted((PACKAGE / method).rglob("*.py"))
-    assert files
-    for file in files:
-        others = methods_in(imported(file)) - {method}
-        assert {(method, other) for other in others} <= ALLOWED, file
+def test_methods_do_not_import_each_other_and_only_their_program_imports_programs(method: str) -> None:
+    inside = {module: names for module, names in IMPORTS.items() if module.startswith(f"hf_efx.{method}")}
+    assert inside
+    for module, names in inside.items():
+        others = rooms(names) & METHODS.keys() - {method}
+        assert {(method, other) for other in others} <= ALLOWED, module
+        assert "programs" not in rooms(names) or module == f"hf_efx.{method}.program", module
+
+
+def test_imports_make_no_circle() -> None:
+    graph = graphlib.TopologicalSorter(IMPORTS)  # those inside functions and under TYPE_CHECKING count too
+    graph.prepare()  # raises CycleError, which names the circle
 
 
 def test_low_rank_is_among_the_methods_checked() -> None:
@@ -57,11 +86,11 @@ def test_low_rank_is_among_the_methods_checked() -> None:
 
 def test_what_loading_imports_keeps_peft_out() -> None:
     # transformers imports loading.py while it is itself being imported, and peft imports transformers.
-    for name in ("loading", "efx_config"):
-        tree = ast.parse((PACKAGE / "core" / f"{name}.py").read_text())
+    for name in ("loading", "record"):
+        tree = ast.parse((PACKAGE / "core" / "model" / f"{name}.py").read_text())
         top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         names = {alias.name for node in top for alias in node.names} | {getattr(node, "module", "") for node in top}
-        assert not any(str(name).startswith(("peft", "hf_efx.core.adapter")) for name in names)
+        assert not any(str(name).startswith(("peft", "hf_efx.core.model.adapter")) for name in names)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +121,7 @@ ORDER_PROGRAM = """
     {imports}
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     print(AUTO_QUANTIZER_MAPPING["hf_efx"].__name__, AUTO_QUANTIZATION_CONFIG_MAPPING["hf_efx"].__name__)
-    print("peft" in sys.modules, "hf_efx.core.adapter" in sys.modules)
+    print("peft" in sys.modules, "hf_efx.core.model.adapter" in sys.modules)
 """
 
 

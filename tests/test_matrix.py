@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from two_processes import Kill, losses
 
 from hf_efx import EfxConfig, EfxTrainer, get_efx_model, merge_and_unload, unload
-from hf_efx.core.adapter import efx_record
+from hf_efx.core.model.adapter import efx_record
 
 
 @pytest.fixture(params=ROWS, ids=lambda row: row.id, scope="module")

@@ -85,7 +85,7 @@ def test_all_runs_see_the_same_batches_from_the_same_dense_weights(finished, mon
     """Inputs are equal at every step, and spectral factors multiply to the dense weights' best approximation."""
     import torch
 
-    from hf_efx.core.causal_lm import DataOptions, load_corpus
+    from hf_efx.programs.causal_lm import DataOptions, load_corpus
 
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import quickstart  # pyright: ignore[reportMissingImports]

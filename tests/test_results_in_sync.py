@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_efx.core.evidence import claim, write_results
+from hf_efx.core.results.evidence import claim, write_results
 from hf_efx.registry import METHODS
 
 ROOT = Path(__file__).parents[1]

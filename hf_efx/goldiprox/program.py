@@ -18,14 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_efx.core.checkpoints import last_complete_checkpoint
-from hf_efx.core.command_line import OptionParser, resume_point
-from hf_efx.core.fingerprints import data_fingerprint
-from hf_efx.core.model_options import checkpoint_config
-from hf_efx.core.plots import matplotlib_pyplot
-from hf_efx.core.step_cost import TrainingClock
-from hf_efx.core.task_data import load_task
-from hf_efx.core.task_run import (
+from hf_efx.core.data.fingerprints import data_fingerprint
+from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.training.checkpoints import last_complete_checkpoint
+from hf_efx.core.training.step_cost import TrainingClock
+from hf_efx.core.training.trainer import EfxTrainer
+from hf_efx.goldiprox.replay import ReplayTrainer
+from hf_efx.goldiprox.sequence import SelectionSequence
+from hf_efx.goldiprox.trainer import GoldiProxTrainer
+from hf_efx.programs.command_line import OptionParser, resume_point
+from hf_efx.programs.model_options import checkpoint_config
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.task_run import (
     RUN,
     Run,
     RunOptions,
@@ -37,11 +41,7 @@ from hf_efx.core.task_run import (
     set_up_logging,
     write_runs,
 )
-from hf_efx.core.tasks import SIDE_MODEL_HELP, LearningTask, TaskModelOptions, TaskOptions
-from hf_efx.core.trainer import EfxTrainer
-from hf_efx.goldiprox.replay import ReplayTrainer
-from hf_efx.goldiprox.sequence import SelectionSequence
-from hf_efx.goldiprox.trainer import GoldiProxTrainer
+from hf_efx.programs.tasks import SIDE_MODEL_HELP, LearningTask, TaskModelOptions, TaskOptions
 from hf_efx.rho_loss.arguments import RHOLossArguments
 from hf_efx.rho_loss.irreducible_run import IrreducibleOptions, how_made, with_holdout_share
 from hf_efx.rho_loss.program import prepare, run_settings, train_run

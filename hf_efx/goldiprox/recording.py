@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from hf_efx.core.evidence import write_atomically
+from hf_efx.core.data.tables import write_arrow
+from hf_efx.core.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -236,14 +237,4 @@ def _shards(folder: Path) -> list[tuple[int, int, Path]]:
 
 def _write_shard(folder: Path, first: int, table: pa.Table) -> None:
     path = folder / f"steps-{first:09d}-{first + len(table) - 1:09d}.arrow"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            with pa.ipc.new_stream(file, SCHEMA) as writer:
-                writer.write_table(table.cast(SCHEMA))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_arrow(path, SCHEMA, [table])

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 
-from hf_efx.core.evidence import write_atomically
-from hf_efx.core.example_ids import ID_COLUMN, IdIndex, check_dataset
-from hf_efx.core.trainer import EfxTrainerMixin
+from hf_efx.core.data.example_ids import ID_COLUMN, IdIndex, check_dataset
+from hf_efx.core.files import write_atomically
+from hf_efx.core.training.trainer import EfxTrainerMixin
 from hf_efx.goldiprox.recording import iterate_steps
 from hf_efx.goldiprox.sequence import SelectionSequence
 from hf_efx.rho_loss.loader import ColumnRows, ExtraColumnsCollator, can_fetch_columns

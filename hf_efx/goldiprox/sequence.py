@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from huggingface_hub import CommitInfo
 
-from hf_efx.core.tables import (
+from hf_efx.core.data.tables import (
     TableCard,
     check_dataset,
     data_fingerprint,

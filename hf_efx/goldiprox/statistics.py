@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from hf_efx.core.example_ids import IdIndex
+from hf_efx.core.data.example_ids import IdIndex
 from hf_efx.goldiprox.recording import Steps, iterate_steps
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hf_efx.core.arguments import EfxArguments
+from hf_efx.core.training.arguments import EfxArguments
 
 FACTOR_DECAYS = ("frobenius", "l2")
 SWITCH_STATES = ("project", "reset")

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from hf_efx.core.adapter import efx_record, get_efx_model
-from hf_efx.core.causal_lm import Corpus, check_fit, loss_sums, padding_id, token_metrics
-from hf_efx.core.efx_config import EfxConfig
-from hf_efx.core.model_options import ModelOptions, checkpoint_config, scratch_config
-from hf_efx.core.step_cost import StepTimer, optimizer_bytes
-from hf_efx.core.text_data import TextCollator
+from hf_efx.core.data.text_data import TextCollator
+from hf_efx.core.model.adapter import efx_record, get_efx_model
+from hf_efx.core.model.record import EfxConfig
+from hf_efx.core.training.step_cost import StepTimer, optimizer_bytes
 from hf_efx.low_rank.arguments import LowRankArguments
 from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.decay import factorised_layers
 from hf_efx.low_rank.report import low_rank_report
 from hf_efx.low_rank.trainer import LowRankTrainer
+from hf_efx.programs.causal_lm import Corpus, check_fit, loss_sums, padding_id, token_metrics
+from hf_efx.programs.model_options import ModelOptions, checkpoint_config, scratch_config
 
 
 def scratch_model(

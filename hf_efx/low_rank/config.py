@@ -9,10 +9,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_efx.core.block_map import block_map
-from hf_efx.core.method_config import EfxMethodConfig
-from hf_efx.core.peft_bridge import EfxType, register_adapter
-from hf_efx.core.weight_view import WeightView
+from hf_efx.core.model.block_map import block_map
+from hf_efx.core.model.method_config import EfxMethodConfig
+from hf_efx.core.model.peft_bridge import EfxType, register_adapter
+from hf_efx.core.model.weight_view import WeightView
 from hf_efx.low_rank.initialisation import INITIALISATIONS, initial_factors, svd
 from hf_efx.low_rank.layers import densify, factorise
 from hf_efx.low_rank.peft_tuner import LowRankTuner

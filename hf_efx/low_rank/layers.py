@@ -13,8 +13,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from hf_efx.core.adapter import hook_kept, swap_class
-from hf_efx.core.weight_view import WeightView
+from hf_efx.core.model.swap import hook_kept, swap_class
+from hf_efx.core.model.weight_view import WeightView
 
 
 class FactorisedLayer(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from hf_efx.core.adapter import match_targets
-from hf_efx.core.weight_view import WeightView
+from hf_efx.core.model.targets import match_targets
+from hf_efx.core.model.weight_view import WeightView
 from hf_efx.low_rank.initialisation import initial_factors
 from hf_efx.low_rank.layers import factorised_conv2d, factorised_linear
 

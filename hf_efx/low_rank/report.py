@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from hf_efx.core.weight_view import DENSE_TYPES
+from hf_efx.core.model.weight_view import DENSE_TYPES
 from hf_efx.low_rank.decay import factorised_layers
 from hf_efx.low_rank.layers import FactorisedLayer
 from hf_efx.low_rank.ranks import (

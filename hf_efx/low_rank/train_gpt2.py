@@ -22,18 +22,18 @@ import torch
 from huggingface_hub import EvalResult
 from transformers import PreTrainedModel
 
-from hf_efx.core.adapter import efx_record
-from hf_efx.core.card import write_model_card
-from hf_efx.core.causal_lm import Corpus, DataOptions, load_corpus
-from hf_efx.core.command_line import OptionParser, config_option_fields, resume_point
-from hf_efx.core.efx_config import entry_config
-from hf_efx.core.evidence import public_command, write_results
-from hf_efx.core.model_options import ModelOptions, checkpoint_config
-from hf_efx.core.plots import matplotlib_pyplot
+from hf_efx.core.model.adapter import efx_record
+from hf_efx.core.model.record import entry_config
+from hf_efx.core.results.card import write_model_card
+from hf_efx.core.results.evidence import public_command, write_results
+from hf_efx.core.results.plots import matplotlib_pyplot
 from hf_efx.low_rank.arguments import LowRankArguments, LowRankArgumentsMixin
 from hf_efx.low_rank.causal_lm import causal_lm_trainer, checkpoint_model, scratch_model, train_causal_lm
 from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.trainer import LowRankTrainer
+from hf_efx.programs.causal_lm import Corpus, DataOptions, load_corpus
+from hf_efx.programs.command_line import OptionParser, config_option_fields, resume_point
+from hf_efx.programs.model_options import ModelOptions, checkpoint_config
 from hf_efx.registry import METHODS
 
 PLOT, RESULTS = "loss.png", "results.json"

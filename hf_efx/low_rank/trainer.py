@@ -22,8 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from hf_efx.core.adapter import efx_record, get_efx_model
-from hf_efx.core.trainer import EfxTrainerMixin
+from hf_efx.core.model.adapter import efx_record, get_efx_model
+from hf_efx.core.training.trainer import EfxTrainerMixin
 from hf_efx.low_rank.arguments import LowRankArgumentsMixin
 from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.decay import FactorDecayCallback, factorised_layers

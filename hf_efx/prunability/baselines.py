@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_efx.core.scoring_state import scoring_state
+from hf_efx.core.scoring.scoring_state import scoring_state
 from hf_efx.prunability.weights import prunable_weights
 
 Outcome = Callable[[nn.Module], tuple[torch.Tensor, torch.Tensor]]

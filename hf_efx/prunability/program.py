@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import torch
 
-from hf_efx.core.command_line import OptionParser
-from hf_efx.core.evidence import print_results, public_command, write_results
-from hf_efx.core.fingerprints import data_fingerprint
-from hf_efx.core.model_options import checkpoint_config
-from hf_efx.core.plots import matplotlib_pyplot
-from hf_efx.core.task_data import load_task
-from hf_efx.core.tasks import CheckpointTaskOptions, LearningTask, TaskModelOptions
+from hf_efx.core.data.fingerprints import data_fingerprint
+from hf_efx.core.results.evidence import print_results, public_command, write_results
+from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.programs.command_line import OptionParser
+from hf_efx.programs.model_options import checkpoint_config
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.tasks import CheckpointTaskOptions, LearningTask, TaskModelOptions
 from hf_efx.prunability.baselines import Network, baseline_measures
 from hf_efx.prunability.measure import PrunabilityResult, prunability
 from hf_efx.prunability.sample import Sample

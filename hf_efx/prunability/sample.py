@@ -10,10 +10,10 @@ import transformers
 from datasets import Dataset
 from torch import nn
 
-from hf_efx.core.batches import batch_size as rows_of
-from hf_efx.core.losses import IGNORE_INDEX, Task, aligned_labels, per_example_loss
-from hf_efx.core.scoring import Scorer, infer_task
-from hf_efx.core.scoring_state import base_model
+from hf_efx.core.scoring.batches import batch_size as rows_of
+from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels, per_example_loss
+from hf_efx.core.scoring.scorer import Scorer, infer_task
+from hf_efx.core.scoring.scoring_state import base_model
 
 Losses = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | float
 EvaluateLoss = Callable[[nn.Module], Losses]

@@ -124,12 +124,6 @@ def bootstrap_taus(
     return {name: _tau(_signs(values), signs, counts) for name, values in measures.items()}
 
 
-def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The middle `level` of bootstrap values."""
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def _signs(values: Values) -> np.ndarray:
     values = np.asarray(values, float)
     return np.sign(values[:, None] - values[None])

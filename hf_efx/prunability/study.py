@@ -23,16 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_efx.core.evidence import StudyRows
+from hf_efx.core.results.evidence import StudyRows
+from hf_efx.core.results.statistics import percentile_interval
 from hf_efx.prunability.baselines import BASELINE_MEASURES, Network, baseline_measures
 from hf_efx.prunability.measure import prunability
-from hf_efx.prunability.statistics import (
-    bootstrap_taus,
-    conditional_mutual_information,
-    granulated_tau,
-    kendall_tau,
-    percentile_interval,
-)
+from hf_efx.prunability.statistics import bootstrap_taus, conditional_mutual_information, granulated_tau, kendall_tau
 
 FORMS: dict[str, dict[str, Any]] = {"prunability": {}}
 Settings = Mapping[str, Any]

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from hf_efx.core.masks import candidate_count
+from hf_efx.core.model.masks import candidate_count
 
 Criterion = Literal["magnitude", "random"]
 Scope = Literal["global", "layer"]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from hf_efx.core.arguments import EfxArguments
-from hf_efx.core.losses import Task
+from hf_efx.core.scoring.losses import Task
+from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.rho_loss.selection import SELECTION_FUNCTIONS
 
 _CHOICES = {

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import Trainer
 
-from hf_efx.core.example_ids import ID_COLUMN, IdIndex
+from hf_efx.core.data.example_ids import ID_COLUMN, IdIndex
 from hf_efx.rho_loss.arguments import RHOLossArgumentsMixin
 from hf_efx.rho_loss.selection import SelectionFunction
 

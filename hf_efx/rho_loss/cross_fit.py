@@ -19,10 +19,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_efx.core.checkpoints import last_complete_checkpoint
-from hf_efx.core.losses import Task
-from hf_efx.core.scoring import Precision, infer_task
-from hf_efx.core.tables import (
+from hf_efx.core.data.tables import (
     ID_COLUMN,
     IdIndex,
     Ids,
@@ -33,7 +30,10 @@ from hf_efx.core.tables import (
     weights_fingerprint,
     write_arrow,
 )
-from hf_efx.core.trainer import EfxTrainer
+from hf_efx.core.scoring.losses import Task
+from hf_efx.core.scoring.scorer import Precision, infer_task
+from hf_efx.core.training.checkpoints import last_complete_checkpoint
+from hf_efx.core.training.trainer import EfxTrainer
 from hf_efx.rho_loss.irreducible import (
     compute_irreducible_losses,
     default_collator,

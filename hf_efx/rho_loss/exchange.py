@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hf_efx.core.batches import concatenate_rows
+from hf_efx.core.scoring.batches import concatenate_rows
 
 
 def gather_equal(values: torch.Tensor) -> torch.Tensor:

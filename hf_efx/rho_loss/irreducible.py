@@ -18,9 +18,7 @@ from datasets import Dataset, Features, List, Value
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
-from hf_efx.core.losses import Task
-from hf_efx.core.scoring import Precision, Scorer, base_model, infer_task
-from hf_efx.core.tables import (
+from hf_efx.core.data.tables import (
     ID_COLUMN,
     IdIndex,
     check_dataset,
@@ -30,7 +28,9 @@ from hf_efx.core.tables import (
     weights_fingerprint,
     with_settings,
 )
-from hf_efx.core.text_data import source_name
+from hf_efx.core.data.text_data import source_name
+from hf_efx.core.scoring.losses import Task
+from hf_efx.core.scoring.scorer import Precision, Scorer, base_model, infer_task
 from hf_efx.rho_loss.irreducible_table import (
     KIND,
     LOSS_COLUMN,

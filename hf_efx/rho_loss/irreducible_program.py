@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_efx.core.arguments import EfxArguments
-from hf_efx.core.command_line import OptionParser
-from hf_efx.core.task_data import load_task
-from hf_efx.core.task_run import end_processes, program_defaults, set_up_logging
-from hf_efx.core.tasks import TaskModelOptions, TaskOptions
+from hf_efx.core.training.arguments import EfxArguments
+from hf_efx.programs.command_line import OptionParser
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.task_run import end_processes, program_defaults, set_up_logging
+from hf_efx.programs.tasks import TaskModelOptions, TaskOptions
 from hf_efx.rho_loss.irreducible_run import (
     IrreducibleOptions,
     how_made,

@@ -10,8 +10,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import CommitInfo
 
-from hf_efx.core.losses import Task
-from hf_efx.core.tables import (
+from hf_efx.core.data.tables import (
     ID_COLUMN,
     IdIndex,
     Ids,
@@ -29,6 +28,7 @@ from hf_efx.core.tables import (
     table_column,
     tokenizer_fingerprint,
 )
+from hf_efx.core.scoring.losses import Task
 from hf_efx.registry import METHODS
 
 KIND = "irreducible_losses"

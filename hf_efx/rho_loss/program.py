@@ -19,15 +19,15 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_efx.core import task_run
-from hf_efx.core.checkpoints import last_complete_checkpoint
-from hf_efx.core.command_line import OptionParser, resume_point
-from hf_efx.core.model_options import checkpoint_config
-from hf_efx.core.plots import matplotlib_pyplot
-from hf_efx.core.step_cost import TrainingClock
-from hf_efx.core.tables import settings_of
-from hf_efx.core.task_data import load_task
-from hf_efx.core.task_run import (
+from hf_efx.core.data.tables import settings_of
+from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.training.checkpoints import last_complete_checkpoint
+from hf_efx.core.training.step_cost import TrainingClock
+from hf_efx.programs import task_run
+from hf_efx.programs.command_line import OptionParser, resume_point
+from hf_efx.programs.model_options import checkpoint_config
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.task_run import (
     Run,
     RunOptions,
     compared_arguments,
@@ -37,7 +37,7 @@ from hf_efx.core.task_run import (
     set_up_logging,
     write_runs,
 )
-from hf_efx.core.tasks import CORRUPTED_COLUMN, SIDE_MODEL_HELP, LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.programs.tasks import CORRUPTED_COLUMN, SIDE_MODEL_HELP, LearningTask, TaskModelOptions, TaskOptions
 from hf_efx.rho_loss.arguments import RHOLossArguments, RHOLossArgumentsMixin
 from hf_efx.rho_loss.irreducible_run import (
     IrreducibleOptions,

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_efx.core.evidence import write_atomically
-from hf_efx.core.example_ids import IdIndex
+from hf_efx.core.data.example_ids import IdIndex
+from hf_efx.core.files import write_atomically
 from hf_efx.rho_loss.exchange import sum_over_processes
 from hf_efx.rho_loss.selecting import Outcome
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_efx.core.step_context import derive_seed
+from hf_efx.core.training.step_context import derive_seed
 
 _WEIGHTS, _OPTIMIZER = "scoring_model.safetensors", "scoring_optimizer.safetensors"
 

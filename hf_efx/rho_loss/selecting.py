@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_efx.core.batches import Batch, batch_size, concatenate_rows, take_rows, trim_padding
-from hf_efx.core.example_ids import ID_COLUMN
-from hf_efx.core.losses import IGNORE_INDEX, Task, aligned_labels
-from hf_efx.core.scoring import Scorer
+from hf_efx.core.data.example_ids import ID_COLUMN
+from hf_efx.core.scoring.batches import Batch, batch_size, concatenate_rows, take_rows, trim_padding
+from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels
+from hf_efx.core.scoring.scorer import Scorer
 from hf_efx.rho_loss.exchange import exchange_rows, gather_equal, union_order
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
 from hf_efx.rho_loss.selection import IRREDUCIBLE_LOSS, SelectionFunction, select, select_tokens

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_efx.core.scoring import QUANTITIES
+from hf_efx.core.scoring.scorer import QUANTITIES
 
 IRREDUCIBLE_LOSS = "irreducible_loss"
 Scores = Mapping[str, torch.Tensor]

@@ -13,9 +13,9 @@ from datasets.utils import tqdm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hf_efx.core.evidence import write_atomically
-from hf_efx.core.scoring import Scorer
-from hf_efx.core.tables import ID_COLUMN, IdIndex, write_arrow
+from hf_efx.core.data.tables import ID_COLUMN, IdIndex, write_arrow
+from hf_efx.core.files import write_atomically
+from hf_efx.core.scoring.scorer import Scorer
 from hf_efx.rho_loss.loader import ColumnRows, ExtraColumnsCollator, can_fetch_columns
 
 _POOL = 16  # batches that are drawn together where examples differ in length: like lengths then share a batch

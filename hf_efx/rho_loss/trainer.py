@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_efx.core.example_ids import ID_COLUMN, IdIndex
-from hf_efx.core.losses import per_example_loss
-from hf_efx.core.scoring import Scorer, base_model, infer_task
-from hf_efx.core.step_context import derive_seed
-from hf_efx.core.trainer import EfxTrainerMixin
+from hf_efx.core.data.example_ids import ID_COLUMN, IdIndex
+from hf_efx.core.scoring.losses import per_example_loss
+from hf_efx.core.scoring.scorer import Scorer, base_model, infer_task
+from hf_efx.core.training.step_context import derive_seed
+from hf_efx.core.training.trainer import EfxTrainerMixin
 from hf_efx.rho_loss.checks import check_arguments, check_columns, check_options
 from hf_efx.rho_loss.exchange import gather_equal, sum_over_processes
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses

@@ -4,7 +4,7 @@
 arXiv 2007.10909.
 """
 
-from hf_efx.core.block_map import Block
+from hf_efx.core.model.block_map import Block
 from hf_efx.slice_out.callback import SliceOutCallback
 from hf_efx.slice_out.config import SliceOutConfig
 from hf_efx.slice_out.report import SliceOutReport, slice_out_report

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from hf_efx.core.adapter import unsuitable
-from hf_efx.core.block_map import FoundBlock, block_map, find_blocks
-from hf_efx.core.block_units import named
-from hf_efx.core.weight_view import WeightView
+from hf_efx.core.model.block_map import FoundBlock, block_map, find_blocks
+from hf_efx.core.model.block_units import named
+from hf_efx.core.model.targets import unsuitable
+from hf_efx.core.model.weight_view import WeightView
 from hf_efx.slice_out.schedule import slice_width
 
 if TYPE_CHECKING:

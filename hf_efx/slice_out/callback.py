@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_efx.core.step_context import StepContextCallback
-from hf_efx.core.step_cost import TrainingClock
+from hf_efx.core.training.step_context import StepContextCallback
+from hf_efx.core.training.step_cost import TrainingClock
 from hf_efx.slice_out.layers import Span
 from hf_efx.slice_out.report import Passes, output_loss
 from hf_efx.slice_out.spans import spans_of

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from hf_efx.core.block_map import KINDS, Block, block_entry, block_fields
-from hf_efx.core.method_config import EfxMethodConfig
-from hf_efx.core.peft_bridge import EfxType, RefusingTuner, register_adapter
+from hf_efx.core.model.block_map import KINDS, Block, block_entry, block_fields
+from hf_efx.core.model.method_config import EfxMethodConfig
+from hf_efx.core.model.peft_bridge import EfxType, RefusingTuner, register_adapter
 from hf_efx.slice_out.blocks import choose_blocks, plan_blocks
 from hf_efx.slice_out.schedule import NORMALIZATIONS, STARTS, slice_width
 from hf_efx.slice_out.spans import put_on, take_off

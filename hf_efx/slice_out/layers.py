@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_efx.core.adapter import hook_kept, swap_class
-from hf_efx.core.step_context import StepContext
+from hf_efx.core.model.swap import hook_kept, swap_class
+from hf_efx.core.training.step_context import StepContext
 from hf_efx.slice_out import compiled
 from hf_efx.slice_out.functional import length, sliced_conv2d, sliced_linear
 from hf_efx.slice_out.schedule import (

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from hf_efx.core.step_context import step_context
+from hf_efx.core.training.step_context import step_context
 from hf_efx.slice_out.layers import SlicedMember, Span
 from hf_efx.slice_out.schedule import RateSchedule
 from hf_efx.slice_out.spans import spans_of

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
 
-from hf_efx.core.adapter import hook_kept, swap_class
-from hf_efx.core.step_context import attach_step_context, detach_step_context, step_context
+from hf_efx.core.model.swap import hook_kept, swap_class
+from hf_efx.core.training.step_context import attach_step_context, detach_step_context, step_context
 from hf_efx.slice_out.layers import SlicedMember, Span, attach, detach
 from hf_efx.slice_out.schedule import RateSchedule
 

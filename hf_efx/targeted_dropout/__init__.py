@@ -4,8 +4,8 @@
 arXiv 1905.13678.
 """
 
-from hf_efx.core.block_map import Block
-from hf_efx.core.curves import PruningCurve
+from hf_efx.core.model.block_map import Block
+from hf_efx.core.results.curves import PruningCurve
 from hf_efx.targeted_dropout.callback import TargetedDropoutCallback
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
 from hf_efx.targeted_dropout.curve import PruningCurveCallback, pruning_curve

@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_efx.core.adapter import get_efx_model
-from hf_efx.core.step_context import StepContextCallback
+from hf_efx.core.model.adapter import get_efx_model
+from hf_efx.core.training.step_context import StepContextCallback
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
 from hf_efx.targeted_dropout.layers import Dropping, dropping_of
 

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from hf_efx.core.adapter import match_targets
-from hf_efx.core.block_map import Block, block_entry, block_fields
-from hf_efx.core.masks import SCOPES, UnitGroup, candidate_count
-from hf_efx.core.method_config import EfxMethodConfig
-from hf_efx.core.peft_bridge import EfxType, RefusingTuner, register_adapter
-from hf_efx.core.step_context import attach_step_context, detach_step_context, step_context
-from hf_efx.core.weight_view import WeightView
+from hf_efx.core.model.block_map import Block, block_entry, block_fields
+from hf_efx.core.model.masks import SCOPES, UnitGroup, candidate_count
+from hf_efx.core.model.method_config import EfxMethodConfig
+from hf_efx.core.model.peft_bridge import EfxType, RefusingTuner, register_adapter
+from hf_efx.core.model.targets import match_targets
+from hf_efx.core.model.weight_view import WeightView
+from hf_efx.core.training.step_context import attach_step_context, detach_step_context, step_context
 from hf_efx.targeted_dropout.layers import Dropping, Role, TargetedMember, attach, detach
 from hf_efx.targeted_dropout.pruning import GRANULARITIES, chosen_groups
 from hf_efx.targeted_dropout.schedule import RAMPS

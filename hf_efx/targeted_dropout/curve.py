@@ -8,9 +8,9 @@ from typing import Any, Literal
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_efx.core.block_map import Block
-from hf_efx.core.curves import PruningCurve, as_figure, check_fractions
-from hf_efx.core.pruned import zeroed
+from hf_efx.core.model.block_map import Block
+from hf_efx.core.model.pruned import zeroed
+from hf_efx.core.results.curves import PruningCurve, as_figure, check_fractions
 from hf_efx.targeted_dropout.pruning import PruningPlan
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 Evaluate = Callable[[Any], float | Mapping[str, float]]
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
-# As the Trainer's `greater_is_better` has it for names that end in "loss"; the others are metrics of core/tasks.py.
+# As the Trainer's `greater_is_better` has it for names that end in "loss"; the others are our programs' metrics.
 _LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "error")
 
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_efx.core.adapter import hook_kept, swap_class
-from hf_efx.core.masks import UnitGroup, unit_columns, weak_units, weak_weights
-from hf_efx.core.step_context import StepContext
+from hf_efx.core.model.masks import UnitGroup, unit_columns, weak_units, weak_weights
+from hf_efx.core.model.swap import hook_kept, swap_class
+from hf_efx.core.training.step_context import StepContext
 from hf_efx.targeted_dropout.functional import Drop, Product, draw_kept, dropped_product
 from hf_efx.targeted_dropout.schedule import ramp_factors
 

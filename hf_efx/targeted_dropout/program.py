@@ -20,17 +20,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_efx.core.adapter import get_efx_model, unload
-from hf_efx.core.arguments import EfxArguments
-from hf_efx.core.checkpoints import last_complete_checkpoint
-from hf_efx.core.command_line import OptionParser, config_option_fields, resume_point
-from hf_efx.core.curves import PruningCurve, check_fractions, plot_curves
-from hf_efx.core.fingerprints import data_fingerprint
-from hf_efx.core.model_options import checkpoint_config
-from hf_efx.core.plots import matplotlib_pyplot
-from hf_efx.core.step_cost import TrainingClock
-from hf_efx.core.task_data import load_task
-from hf_efx.core.task_run import (
+from hf_efx.core.data.fingerprints import data_fingerprint
+from hf_efx.core.model.adapter import get_efx_model, unload
+from hf_efx.core.results.curves import PruningCurve, check_fractions, plot_curves
+from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.training.arguments import EfxArguments
+from hf_efx.core.training.checkpoints import last_complete_checkpoint
+from hf_efx.core.training.step_cost import TrainingClock
+from hf_efx.core.training.trainer import EfxTrainer
+from hf_efx.programs.command_line import OptionParser, config_option_fields, resume_point
+from hf_efx.programs.model_options import checkpoint_config
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.task_run import (
     Run,
     RunOptions,
     compared_arguments,
@@ -42,8 +43,7 @@ from hf_efx.core.task_run import (
     train_run,
     write_runs,
 )
-from hf_efx.core.tasks import LearningTask, TaskModelOptions, TaskOptions
-from hf_efx.core.trainer import EfxTrainer
+from hf_efx.programs.tasks import LearningTask, TaskModelOptions, TaskOptions
 from hf_efx.targeted_dropout.callback import TargetedDropoutCallback
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
 from hf_efx.targeted_dropout.curve import pruning_curve

@@ -24,17 +24,18 @@ import torch
 from huggingface_hub import EvalResult
 from torch import nn
 
-from hf_efx.core.arguments import EfxArguments
-from hf_efx.core.card import write_model_card
-from hf_efx.core.command_line import OptionParser
-from hf_efx.core.curves import PruningCurve, check_fractions
-from hf_efx.core.efx_config import config_class
-from hf_efx.core.evidence import print_results, public_command, summary_table, write_atomically, write_results
-from hf_efx.core.fingerprints import data_fingerprint
-from hf_efx.core.plots import matplotlib_pyplot
-from hf_efx.core.record import efx_record
-from hf_efx.core.task_data import load_task
-from hf_efx.core.task_run import (
+from hf_efx.core.data.fingerprints import data_fingerprint
+from hf_efx.core.files import write_atomically
+from hf_efx.core.model.record import config_class, efx_record
+from hf_efx.core.results.card import write_model_card
+from hf_efx.core.results.curves import PruningCurve, check_fractions
+from hf_efx.core.results.evidence import print_results, public_command, summary_table, write_results
+from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.training.arguments import EfxArguments
+from hf_efx.core.training.trainer import EfxTrainer
+from hf_efx.programs.command_line import OptionParser
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.task_run import (
     RESULTS,
     data_settings,
     end_processes,
@@ -42,8 +43,7 @@ from hf_efx.core.task_run import (
     push_and_end,
     set_up_logging,
 )
-from hf_efx.core.tasks import CheckpointTaskOptions, LearningTask, TaskModelOptions
-from hf_efx.core.trainer import EfxTrainer
+from hf_efx.programs.tasks import CheckpointTaskOptions, LearningTask, TaskModelOptions
 from hf_efx.registry import METHODS
 from hf_efx.targeted_dropout.curve import FRACTIONS, pruning_curve
 from hf_efx.targeted_dropout.pruning import PruningPlan, PruningReport, prune

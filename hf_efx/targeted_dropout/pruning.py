@@ -1,7 +1,7 @@
 """Prunes a trained network by the criterion that it was trained with: weights or whole units become zero, in place.
 
 "Learning Sparse Networks Using Targeted Dropout", Gomez et al. 2019, arXiv 1905.13678. The masks are those of
-`core/masks.py`; torch.nn.utils.prune gives the same ones (its l1_unstructured is scope "layer", its
+`core/model/masks.py`; torch.nn.utils.prune gives the same ones (its l1_unstructured is scope "layer", its
 global_unstructured scope "global", its ln_structured with n=2 and dim=0 the unit columns of a Linear), but keeps a
 mask and a second copy of each weight, under other state-dict keys.
 """
@@ -16,14 +16,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_efx.core.adapter import match_targets, refuse_offloaded, swap_class, unsuitable
-from hf_efx.core.block_map import Block
-from hf_efx.core.block_units import named, unit_groups
-from hf_efx.core.efx_config import QUANT_METHOD, entry_config
-from hf_efx.core.masks import UnitGroup, unit_columns, unit_norms, weak_units, weak_weights
-from hf_efx.core.method_config import EfxMethodConfig
-from hf_efx.core.pruned import Zeros
-from hf_efx.core.record import efx_record, mark_pruned, pruned_modules
+from hf_efx.core.model.block_map import Block
+from hf_efx.core.model.block_units import named, unit_groups
+from hf_efx.core.model.masks import UnitGroup, unit_columns, unit_norms, weak_units, weak_weights
+from hf_efx.core.model.method_config import EfxMethodConfig
+from hf_efx.core.model.pruned import Zeros
+from hf_efx.core.model.record import QUANT_METHOD, efx_record, entry_config, mark_pruned, pruned_modules
+from hf_efx.core.model.swap import refuse_offloaded, swap_class
+from hf_efx.core.model.targets import match_targets, unsuitable
 
 GRANULARITIES = ("weight", "unit")
 
@@ -146,7 +146,7 @@ class Change:
     Attributes:
         name: Of the module.
         zeros: Its tensors, with where they become zero.
-        flag: The module's entry in `config.efx`, see core/pruned.py.
+        flag: The module's entry in `config.efx`, see core/model/pruned.py.
     """
 
     name: str

@@ -17,11 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_efx.core.adapter import refuse_offloaded, unload, unsuitable
-from hf_efx.core.block_map import Block
-from hf_efx.core.masks import UnitGroup, unit_columns
-from hf_efx.core.pruned import empty_outputs
-from hf_efx.core.record import mark_pruned, pruned_modules
+from hf_efx.core.model.adapter import unload
+from hf_efx.core.model.block_map import Block
+from hf_efx.core.model.masks import UnitGroup, unit_columns
+from hf_efx.core.model.pruned import empty_outputs
+from hf_efx.core.model.record import mark_pruned, pruned_modules
+from hf_efx.core.model.swap import refuse_offloaded
+from hf_efx.core.model.targets import unsuitable
 from hf_efx.targeted_dropout.pruning import check_model, find_groups, in_features, out_features, whole
 
 logger = logging.getLogger(__name__)

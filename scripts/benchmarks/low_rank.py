@@ -23,7 +23,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_efx import LowRankConfig, get_efx_model
-from hf_efx.core.evidence import claim, print_results, public_command, write_results
+from hf_efx.core.results.evidence import claim, print_results, public_command, write_results
 
 HERE = Path(__file__).parent
 LORA_RANK, GALORE_RANK = 16, 128

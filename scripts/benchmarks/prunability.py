@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from hf_efx.core.evidence import claim, print_results, public_command, write_results
+from hf_efx.core.results.evidence import claim, print_results, public_command, write_results
 from hf_efx.prunability import prunability
 from hf_efx.prunability.weights import prunable_weights
 
@@ -240,7 +240,7 @@ def headline(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Answers of both searches, evaluations, and GPT-2's memory."""
-    from hf_efx.core.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot
 
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_efx.core.evidence import claim, print_results, public_command, write_results
+from hf_efx.core.results.evidence import claim, print_results, public_command, write_results
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "reproduce"))
@@ -218,7 +218,7 @@ def make_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Seconds to uniform's best over uniform's, with and without the table's cost."""
-    from hf_efx.core.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot
 
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(1, len(TARGETS), figsize=(16, 5.5), sharey=True, layout="constrained")
@@ -245,7 +245,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark."""
-    from hf_efx.core.fingerprints import data_fingerprint
+    from hf_efx.core.data.fingerprints import data_fingerprint
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="idx folder or Hub name of images (default: scikit-learn's digits)")

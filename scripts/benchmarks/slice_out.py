@@ -23,7 +23,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_efx import SliceOutConfig, get_efx_model, slice_out_report, step_context
-from hf_efx.core.evidence import claim, print_results, public_command, write_results
+from hf_efx.core.results.evidence import claim, print_results, public_command, write_results
 
 HERE = Path(__file__).parent
 NONE, DROPOUT, FAST_DROPOUT = "none", "dropout", "dropout, attention 0"
@@ -179,7 +179,7 @@ def make_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Step time with its floor, and saved activations, over those without dropout."""
-    from hf_efx.core.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot
 
     plt = matplotlib_pyplot()
     names = list(dict.fromkeys(row["configuration"] for row in rows if not row["configuration"].startswith(COMPILED)))

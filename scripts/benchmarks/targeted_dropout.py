@@ -26,8 +26,8 @@ from torch.nn.utils import prune as torch_prune
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_efx import Block, TargetedDropoutConfig, get_efx_model, prune, shrink, step_context
-from hf_efx.core.evidence import claim, print_results, public_command, write_results
-from hf_efx.core.masks import magnitude_matrix
+from hf_efx.core.model.masks import magnitude_matrix
+from hf_efx.core.results.evidence import claim, print_results, public_command, write_results
 
 HERE = Path(__file__).parent
 EVERY, NEVER = 50, 10**9  # steps between new candidates: the default; none while it is timed
@@ -245,7 +245,7 @@ def make_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Step times over dense."""
-    from hf_efx.core.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot
 
     plt = matplotlib_pyplot()
     timed_rows = [row for row in rows if "step_ratio" in row]

@@ -149,7 +149,7 @@ def plain_arguments(folder: str, job: Job) -> Any:
 
 def make_claims(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The bars of the study. A seed that never got there counts as infinite."""
-    from hf_efx.core.evidence import claim
+    from hf_efx.core.results.evidence import claim
 
     def values(part: str, name: str, key: str) -> list[float]:
         found = {r["seed"]: r for r in rows if r["configuration"] == f"{part}: {name}"}
@@ -172,8 +172,8 @@ def make_claims(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study."""
-    from hf_efx.core.evidence import StudyRows, print_results, public_command, write_results
-    from hf_efx.core.fingerprints import data_fingerprint
+    from hf_efx.core.data.fingerprints import data_fingerprint
+    from hf_efx.core.results.evidence import StudyRows, print_results, public_command, write_results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="idx folder or Hub name of images (default: scikit-learn's digits)")

@@ -83,7 +83,7 @@ def run(job: Job, data: str, queue: Any) -> dict[str, Any]:
     from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
     from hf_efx import LowRankArguments, LowRankConfig, LowRankTrainer, low_rank_report
-    from hf_efx.core.text_data import TextCollator, byte_tokenizer
+    from hf_efx.core.data.text_data import TextCollator, byte_tokenizer
 
     transformers.logging.set_verbosity_error()
 
@@ -152,7 +152,7 @@ def run(job: Job, data: str, queue: Any) -> dict[str, Any]:
 
 def prepare(source: str | None, folder: Path) -> dict[str, Any]:
     """Tokenises the text once for all runs; returns its name and fingerprint."""
-    from hf_efx.core.text_data import byte_tokenizer, content_fingerprint, load_text, tokenize_blocks
+    from hf_efx.core.data.text_data import byte_tokenizer, content_fingerprint, load_text, tokenize_blocks
 
     text = load_text(source)
     for split in ("train", "validation"):
@@ -201,7 +201,7 @@ def gap_closed(rows: Mapping[tuple[str, int], Any], name: str, budget: str, seed
 
 def make_claims(rows: Mapping[tuple[str, int], Any], seeds: Sequence[int], best: str) -> list[dict[str, Any]]:
     """The bars of the study."""
-    from hf_efx.core.evidence import claim
+    from hf_efx.core.results.evidence import claim
 
     def values(name: str, budget: str) -> list[float]:
         return [rows[f"{name} ({budget})", s]["perplexity"] for s in seeds]
@@ -307,7 +307,7 @@ def plot(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], path: Path) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study."""
-    from hf_efx.core.evidence import StudyRows, print_results, public_command, write_results
+    from hf_efx.core.results.evidence import StudyRows, print_results, public_command, write_results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="file, folder or Hub name of a text (default: the standard library's own)")

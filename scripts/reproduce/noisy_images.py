@@ -85,7 +85,7 @@ def noisy_images(source: str | None, seed: int) -> Images:
     import pyarrow as pa
     from datasets import Dataset
 
-    from hf_efx.core.image_data import load_images
+    from hf_efx.core.data.image_data import load_images
 
     data = load_images(source)
     pixels, labels = {}, {}

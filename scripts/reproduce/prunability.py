@@ -109,7 +109,8 @@ def make_claims(study: Any, sweep: Any, control: Any) -> list[dict[str, Any]]:
     """The bars: tau above 0 and above the rivals', for both gaps; most networks trained as far; the control."""
     from dataclasses import replace
 
-    from hf_efx.core.evidence import NOT_SEPARATED, claim, t_interval
+    from hf_efx.core.results.evidence import NOT_SEPARATED, claim
+    from hf_efx.core.results.statistics import t_interval
 
     def one(text: str, bar: float, measured: float, interval: tuple[float, float] | None, source: str = "ours") -> Any:
         if interval is not None and interval[0] <= 0 <= interval[1]:
@@ -241,9 +242,9 @@ def headline(study: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study."""
-    from hf_efx.core.evidence import StudyRows, print_results, public_command, write_results
-    from hf_efx.core.example_ids import add_example_ids
-    from hf_efx.core.fingerprints import data_fingerprint
+    from hf_efx.core.data.example_ids import add_example_ids
+    from hf_efx.core.data.fingerprints import data_fingerprint
+    from hf_efx.core.results.evidence import StudyRows, print_results, public_command, write_results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="idx folder or Hub name of images (default: scikit-learn's digits)")

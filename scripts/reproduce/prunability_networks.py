@@ -38,7 +38,7 @@ class Pixels:
 
 def load_pixels(source: str | None, test_images: int) -> tuple[Pixels, str, Any]:
     """Images of an idx folder or a Hub name (None: scikit-learn's digits), their name, and the training split."""
-    from hf_efx.core.image_data import load_images
+    from hf_efx.core.data.image_data import load_images
 
     data = load_images(source)
     parts = {}

@@ -19,7 +19,7 @@ def plot(rankings: Mapping[str, Rows], networks: Rows, sweep: Rows, control: Row
         measure: Name of prunability in the rows.
         path: Of the PNG.
     """
-    from hf_efx.core.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot
 
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(17, 10), layout="constrained")

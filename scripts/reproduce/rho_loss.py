@@ -112,7 +112,7 @@ def _table(name: str, images: Any, seed: int, tables: str) -> tuple[Any, dict[st
 
 def make_claims(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The bars of the study. A seed that never got there counts as infinite."""
-    from hf_efx.core.evidence import claim
+    from hf_efx.core.results.evidence import claim
 
     def values(part: str, name: str, key: str) -> list[float]:
         found = {r["seed"]: r for r in rows if r["configuration"] == f"{part}: {name}"}
@@ -213,9 +213,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study."""
-    from hf_efx.core.evidence import StudyRows, print_results, public_command, write_results
-    from hf_efx.core.fingerprints import data_fingerprint
-    from hf_efx.core.text_data import content_fingerprint, load_text, source_name
+    from hf_efx.core.data.fingerprints import data_fingerprint
+    from hf_efx.core.data.text_data import content_fingerprint, load_text, source_name
+    from hf_efx.core.results.evidence import StudyRows, print_results, public_command, write_results
 
     options = parse(argv)
     path = options.output or (Path("runs/reproduce") if options.quick else HERE / "results") / "rho_loss.json"

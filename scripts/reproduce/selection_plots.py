@@ -21,7 +21,7 @@ def _mean_curve(rows: Rows, key: str, column: int) -> tuple[np.ndarray, np.ndarr
 
 def plot(rows: Rows, seeds: Sequence[int], path: Path, panels: int = 4) -> None:
     """One line of panels for each part: by steps, by seconds, share of corrupted examples, share already right."""
-    from hf_efx.core.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot
 
     plt = matplotlib_pyplot()
     parts = list(dict.fromkeys(row["part"] for row in rows if row.get("curve")))

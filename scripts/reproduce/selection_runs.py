@@ -244,7 +244,7 @@ def permuted(table: Any, seed: int) -> Any:
     """The table with its losses dealt out to other examples."""
     from datasets import Dataset
 
-    from hf_efx.core.tables import settings_of, with_settings
+    from hf_efx.core.data.tables import settings_of, with_settings
     from hf_efx.rho_loss.irreducible_table import KIND
 
     losses = np.random.default_rng(seed).permutation(_losses(table)).astype(np.float32)

@@ -88,7 +88,7 @@ def against_dropout(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def make_claims(rows: Sequence[dict[str, Any]], parts: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The bars of the study."""
-    from hf_efx.core.evidence import claim, figures
+    from hf_efx.core.results.evidence import claim, figures
 
     claims = []
     chosen = [row for row in rows if row["seed"] in seeds]
@@ -148,7 +148,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
 
 def plot(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], seeds: Sequence[int], path: Path) -> None:
     """For each part: by epochs, by CPU seconds, and the sweep over rates and blocks."""
-    from hf_efx.core.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot
 
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(len(parts), 3, figsize=(16, 4.6 * len(parts)), layout="constrained", squeeze=False)
@@ -244,7 +244,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study."""
-    from hf_efx.core.evidence import StudyRows, print_results, public_command, write_results
+    from hf_efx.core.results.evidence import StudyRows, print_results, public_command, write_results
 
     options = parse(argv)
     path = options.output or (Path("runs/reproduce") if options.quick else HERE / "results") / "slice_out.json"

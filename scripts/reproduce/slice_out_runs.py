@@ -89,7 +89,7 @@ class Configuration:
 
 def put_dropout(model: nn.Module, kind: str, rate: float, rows: Any) -> None:
     """Drops single features ("dropout") or whole channels ("channels") of what each block's readers read."""
-    from hf_efx.core.block_map import find_blocks
+    from hf_efx.core.model.block_map import find_blocks
 
     for block in find_blocks(model, rows):
         drop = F.dropout2d if kind == "channels" and block.block.kind == "conv" else F.dropout
@@ -120,7 +120,7 @@ def new_model(part: str, configuration: Configuration, seed: int, steps: int, da
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from hf_efx import get_efx_model
-    from hf_efx.core.block_map import block_map
+    from hf_efx.core.model.block_map import block_map
     from hf_efx.slice_out import SliceOutConfig
 
     kind, rate = configuration.kind, configuration.rate
@@ -175,8 +175,14 @@ def prepare(
     blocks_kept: int = BLOCKS,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Writes the arrays that all runs read; returns their sources' names and fingerprints, and their lengths."""
-    from hf_efx.core.image_data import load_images
-    from hf_efx.core.text_data import content_fingerprint, load_text, source_name, tokenize_blocks, train_tokenizer
+    from hf_efx.core.data.image_data import load_images
+    from hf_efx.core.data.text_data import (
+        content_fingerprint,
+        load_text,
+        source_name,
+        tokenize_blocks,
+        train_tokenizer,
+    )
 
     names, prints, sizes = [], [], {}
     if "cnn" in parts:

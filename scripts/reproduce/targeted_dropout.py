@@ -202,7 +202,7 @@ def make_claims(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> list[di
             for other in others:
                 its = _at(rows, part, kind, other, fraction)
                 claims.append(_claim(f"{text}above that with {other}, pruned alike", 0.05, "at_least", own, its))
-        from hf_efx.core.evidence import claim
+        from hf_efx.core.results.evidence import claim
 
         ramped = _at(rows, part, "weight", "ramped .99/.98", 0.98)
         text = f"{part}, 98% of weights pruned, ramped .99/.98: accuracy"
@@ -211,7 +211,7 @@ def make_claims(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> list[di
 
 
 def _lm_claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    from hf_efx.core.evidence import claim, figures
+    from hf_efx.core.results.evidence import claim, figures
 
     claims = []
     dense = _at(rows, "lm", "unit", DENSE, 0.0)
@@ -228,7 +228,7 @@ def _lm_claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _claim(text: str, bar: float, direction: Any, a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    from hf_efx.core.evidence import claim
+    from hf_efx.core.results.evidence import claim
 
     difference = np.subtract(a, b).tolist()
     return claim(text, source="ours", bar=bar, direction=direction, measured=difference, pair=(a, b))
@@ -236,7 +236,7 @@ def _claim(text: str, bar: float, direction: Any, a: Sequence[float], b: Sequenc
 
 def _at(rows: Sequence[dict[str, Any]], part: str, kind: str, name: str, fraction: float) -> list[float]:
     """A configuration's figures at a fraction pruned; the dense network of images stands under weights for both."""
-    from hf_efx.core.evidence import figures
+    from hf_efx.core.results.evidence import figures
 
     under = "weight" if name == DENSE and part != "lm" else kind
     return figures(rows, f"{part}: {under}: {name}", f"{kind}_{fraction:g}")
@@ -263,7 +263,7 @@ def headline(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> str:
 
 def plot(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], path: Path) -> None:
     """For each part and granularity the figure over the fraction pruned, mean and range over seeds."""
-    from hf_efx.core.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot
 
     plt = matplotlib_pyplot()
     kinds = [(part, kind) for part in parts for kind in (("unit",) if part == "lm" else ("weight", "unit"))]
@@ -307,7 +307,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study."""
-    from hf_efx.core.evidence import StudyRows, print_results, public_command, write_results
+    from hf_efx.core.results.evidence import StudyRows, print_results, public_command, write_results
 
     options = parse(argv)
     path = options.output or (Path("runs/reproduce") if options.quick else HERE / "results") / "targeted_dropout.json"

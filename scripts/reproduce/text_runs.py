@@ -34,7 +34,7 @@ LM_MODEL: dict[str, Any] = {"n_layer": 2, "n_embd": 96, "n_head": 4, "n_position
 
 def _texts(source: str | None, count: int, minimum: int = 40) -> tuple[list[str], list[str]]:
     """Texts and their sources, shuffled; at most `count`."""
-    from hf_efx.core.text_data import load_text
+    from hf_efx.core.data.text_data import load_text
 
     data = load_text(source)["train"]
     texts = data["text"][:]
@@ -175,7 +175,7 @@ def run_lm(job: Job, queue: Any, text: str | None, tables: str, every: int, **_:
     from datasets import Dataset
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from hf_efx.core.text_data import TextCollator, byte_tokenizer
+    from hf_efx.core.data.text_data import TextCollator, byte_tokenizer
     from hf_efx.rho_loss.trainer import RHOLossTrainer
 
     name = job.configuration.partition(": ")[2]

@@ -14,8 +14,8 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from two_processes import Kill, losses
 
-from hf_efx.core.tables import data_fingerprint
-from hf_efx.core.text_data import byte_tokenizer
+from hf_efx.core.data.tables import data_fingerprint
+from hf_efx.core.data.text_data import byte_tokenizer
 from hf_efx.goldiprox import GoldiProxMixin, ReplayMixin, ReplayTrainer, SelectionSequence
 from hf_efx.rho_loss.arguments import RHOLossArgumentsMixin
 

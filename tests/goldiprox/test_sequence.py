@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, load_from_disk
 
-from hf_efx.core.tables import data_fingerprint, with_settings
+from hf_efx.core.data.tables import data_fingerprint, with_settings
 from hf_efx.goldiprox import recording
 from hf_efx.goldiprox.recording import SequenceRecorder, describe_content
 from hf_efx.goldiprox.sequence import SelectionSequence

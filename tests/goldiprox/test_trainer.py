@@ -12,8 +12,8 @@ from matrix import ARCHITECTURES
 from transformers import TrainerCallback
 from two_processes import Kill, losses
 
-from hf_efx.core.fingerprints import weights_fingerprint
-from hf_efx.core.tables import data_fingerprint
+from hf_efx.core.data.fingerprints import weights_fingerprint
+from hf_efx.core.data.tables import data_fingerprint
 from hf_efx.goldiprox.replay import ReplayTrainer
 from hf_efx.goldiprox.sequence import SelectionSequence
 from hf_efx.goldiprox.trainer import RECORDING_FOLDER, GoldiProxTrainer

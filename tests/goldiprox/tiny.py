@@ -10,7 +10,7 @@ from matrix import ARCHITECTURES
 from transformers import Trainer
 
 from hf_efx import EfxArguments
-from hf_efx.core.tables import data_fingerprint, with_settings
+from hf_efx.core.data.tables import data_fingerprint, with_settings
 from hf_efx.goldiprox.recording import steps_table
 from hf_efx.goldiprox.replay import ReplayTrainer
 from hf_efx.goldiprox.sequence import SelectionSequence

@@ -7,7 +7,7 @@ from peft import PeftConfig
 from torch import nn
 
 from hf_efx import LowRankConfig, get_efx_model, low_rank_report
-from hf_efx.core.adapter import efx_record
+from hf_efx.core.model.adapter import efx_record
 
 
 def net(*sizes: tuple[int, int]) -> nn.Sequential:

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from hf_efx import FactorDecayCallback, LowRankArguments, LowRankConfig, LowRankTrainer, get_efx_model
-from hf_efx.core.weight_view import WeightView
+from hf_efx.core.model.weight_view import WeightView
 from hf_efx.low_rank.decay import decay_gradients, frobenius_decay_gradients, squared_frobenius_norm
 from hf_efx.low_rank.initialisation import spectral_factors
 from hf_efx.low_rank.layers import factorise

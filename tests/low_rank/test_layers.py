@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from hf_efx.core.weight_view import WeightView
+from hf_efx.core.model.weight_view import WeightView
 from hf_efx.low_rank.initialisation import spectral_factors
 from hf_efx.low_rank.layers import FactorisedConv2d, FactorisedLayer, FactorisedLinear, densify, factorise
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_efx.core.weight_view import WeightView
+from hf_efx.core.model.weight_view import WeightView
 from hf_efx.low_rank.initialisation import spectral_factors
 from hf_efx.low_rank.layers import FactorisedLayer, factorise
 from hf_efx.low_rank.switch import convert_optimizer_state, factor_states, project_moment

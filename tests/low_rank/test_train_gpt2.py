@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from hf_efx import LowRankArguments, LowRankConfig
-from hf_efx.core.adapter import efx_record
-from hf_efx.core.causal_lm import DataOptions, load_corpus, loss_sums, token_metrics
-from hf_efx.core.model_options import ModelOptions
-from hf_efx.core.text_data import TextCollator, load_text
+from hf_efx.core.data.text_data import TextCollator, load_text
+from hf_efx.core.model.adapter import efx_record
 from hf_efx.low_rank import causal_lm, train_gpt2
 from hf_efx.low_rank.train_gpt2 import main
+from hf_efx.programs.causal_lm import DataOptions, load_corpus, loss_sums, token_metrics
+from hf_efx.programs.model_options import ModelOptions
 
 SMALL = "n_layer=1,n_embd=16,n_head=2,n_positions=32,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
 

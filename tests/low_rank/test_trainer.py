@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, Traine
 from two_processes import Kill, losses
 
 from hf_efx import DenseWarmupCallback, LowRankArguments, LowRankConfig, LowRankTrainer, get_efx_model
-from hf_efx.core.adapter import efx_record
+from hf_efx.core.model.adapter import efx_record
 from hf_efx.low_rank.arguments import LowRankArgumentsMixin
 from hf_efx.low_rank.decay import factorised_layers
 

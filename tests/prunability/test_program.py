@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 
 import hf_efx
 from hf_efx import cli
-from hf_efx.core.text_data import byte_tokenizer
+from hf_efx.core.data.text_data import byte_tokenizer
 from hf_efx.prunability import program
 
 IMAGES = ["--task", "image_classification", "--samples", "60", "--batch_size", "30", "--device", "cpu"]

@@ -5,13 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from hf_efx.prunability.statistics import (
-    bootstrap_taus,
-    conditional_mutual_information,
-    granulated_tau,
-    kendall_tau,
-    percentile_interval,
-)
+from hf_efx.core.results.statistics import percentile_interval
+from hf_efx.prunability.statistics import bootstrap_taus, conditional_mutual_information, granulated_tau, kendall_tau
 
 GRID = [{"width": w, "depth": d} for w in (1, 2) for d in (1, 2)]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_efx.core.evidence import StudyRows
+from hf_efx.core.results.evidence import StudyRows
 from hf_efx.prunability import generalization_study
 from hf_efx.prunability.baselines import Network
 from hf_efx.prunability.study import TrainedNetwork

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from datasets import Dataset, Features, List, Value
 from torch import nn
 
-from hf_efx.core.tables import settings_of, with_settings
+from hf_efx.core.data.tables import settings_of, with_settings
 from hf_efx.rho_loss.arguments import RHOLossArguments
 from hf_efx.rho_loss.irreducible import compute_irreducible_losses
 from hf_efx.rho_loss.trainer import RHOLossMixin, RHOLossTrainer

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-from hf_efx.core.arguments import describe_options
+from hf_efx.core.training.arguments import describe_options
 from hf_efx.rho_loss.arguments import PRESETS, RHOLossArguments, RHOLossArgumentsMixin
 
 

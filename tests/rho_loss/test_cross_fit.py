@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_efx.core.tables import IdIndex, settings_of
+from hf_efx.core.data.tables import IdIndex, settings_of
 from hf_efx.rho_loss import cross_fit
 from hf_efx.rho_loss.cross_fit import (
     cross_fit_irreducible_losses,

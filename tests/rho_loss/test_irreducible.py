@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from hf_efx.core.tables import settings_of, with_settings
-from hf_efx.core.text_data import TextCollator, byte_tokenizer
+from hf_efx.core.data.tables import settings_of, with_settings
+from hf_efx.core.data.text_data import TextCollator, byte_tokenizer
 from hf_efx.rho_loss import shards
 from hf_efx.rho_loss.irreducible import (
     IrreducibleLosses,
@@ -362,7 +362,7 @@ def test_unusable_tables_are_refused(table):
 
 PUSH = """
     import json, sys
-    from hf_efx.core.tables import settings_of
+    from hf_efx.core.data.tables import settings_of
     from hf_efx.rho_loss.irreducible import load_irreducible_losses, push_irreducible_losses
 
     push_irreducible_losses(load_irreducible_losses(sys.argv[1]), "tester/irreducible", private=True)

@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from hf_efx.core.tables import settings_of
-from hf_efx.core.task_data import load_task
-from hf_efx.core.task_run import Run, compare_runs
-from hf_efx.core.tasks import LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.core.data.tables import settings_of
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.task_run import Run, compare_runs
+from hf_efx.programs.tasks import LearningTask, TaskModelOptions, TaskOptions
 from hf_efx.rho_loss import irreducible_program, program
 from hf_efx.rho_loss.arguments import PRESETS
 from hf_efx.rho_loss.irreducible_run import with_holdout_share
@@ -261,7 +261,7 @@ def test_without_matplotlib_the_error_names_the_extra(train, monkeypatch, capsys
 
 
 def test_the_program_s_options_have_help_texts():
-    from hf_efx.core.arguments import describe_options
+    from hf_efx.core.training.arguments import describe_options
     from hf_efx.rho_loss.irreducible_run import IrreducibleOptions
 
     for options in (TaskOptions, TaskModelOptions, IrreducibleOptions, program.ProgramOptions):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_efx.core.example_ids import IdIndex
+from hf_efx.core.data.example_ids import IdIndex
 from hf_efx.rho_loss.report import FIGURES, SelectionReport, means, save_report
 from hf_efx.rho_loss.selecting import MicroBatch, Outcome
 from rho_loss.runs import Plain, data, logs, trainer

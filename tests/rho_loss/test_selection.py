@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hf_efx.core.scoring import QUANTITIES
+from hf_efx.core.scoring.scorer import QUANTITIES
 from hf_efx.rho_loss.selection import (
     SELECTION_FUNCTIONS,
     get_selection_function,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from hf_efx.core.losses import per_example_loss
+from hf_efx.core.scoring.losses import per_example_loss
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
 from hf_efx.rho_loss.selection import SELECTION_FUNCTIONS
 from rho_loss.runs import (

@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset, Value
 from transformers import TrainingArguments
 
-from hf_efx.core.arguments import EfxArguments
-from hf_efx.core.tables import settings_of, with_settings
+from hf_efx.core.data.tables import settings_of, with_settings
+from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.rho_loss.trainer import RHOLossTrainer
 from rho_loss.runs import Net, Plain, arguments, data, standard_table, trainer, with_losses
 from rho_loss.texts import Collator, gpt2, table, text_trainer, texts, tokenizer

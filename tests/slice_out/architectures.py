@@ -7,7 +7,7 @@ import transformers
 from matrix import ARCHITECTURES, CLASSES, HEADS, LAYERS, LENGTH, VOCABULARY, WIDTH, Architecture
 from torch import nn
 
-from hf_efx.core.adapter import efx_record
+from hf_efx.core.model.adapter import efx_record
 from hf_efx.slice_out.schedule import inclusion_probability
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}

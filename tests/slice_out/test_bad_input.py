@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from hf_efx import Block, EfxConfig, LowRankConfig, SliceOutConfig, get_efx_model, step_context
-from hf_efx.core.adapter import efx_record
+from hf_efx.core.model.adapter import efx_record
 from slice_out.architectures import MORE
 
 BY_NAME = {architecture.name: architecture for architecture in (*ARCHITECTURES, *MORE)}

@@ -10,8 +10,8 @@ from matrix import ARCHITECTURES
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_efx import EfxTrainer, SliceOutCallback, SliceOutConfig, get_efx_model, step_context
-from hf_efx.core.adapter import efx_record
-from hf_efx.core.step_context import StepContext, StepContextCallback
+from hf_efx.core.model.adapter import efx_record
+from hf_efx.core.training.step_context import StepContext, StepContextCallback
 from hf_efx.slice_out.spans import spans_of
 
 GPT2 = next(architecture for architecture in ARCHITECTURES if architecture.name == "gpt2")

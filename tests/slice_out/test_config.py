@@ -7,8 +7,8 @@ from matrix import ARCHITECTURES
 from peft import PeftConfig
 
 from hf_efx import Block, SliceOutConfig, get_efx_model
-from hf_efx.core.adapter import efx_record
-from hf_efx.core.arguments import describe_options
+from hf_efx.core.model.adapter import efx_record
+from hf_efx.core.training.arguments import describe_options
 from hf_efx.slice_out.spans import spans_of
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}

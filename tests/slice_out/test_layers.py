@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from hf_efx.core.step_context import StepContext
+from hf_efx.core.training.step_context import StepContext
 from hf_efx.slice_out.layers import SlicedLinear, Span, attach, detach, emitted_width
 from hf_efx.slice_out.schedule import RateSchedule
 

@@ -15,7 +15,7 @@ from matrix import ARCHITECTURES, Architecture, perturb
 from torch import nn
 
 from hf_efx import Block, SliceOutConfig, get_efx_model, merge_and_unload, step_context, unload
-from hf_efx.core.adapter import efx_record
+from hf_efx.core.model.adapter import efx_record
 from hf_efx.slice_out.layers import SlicedMember
 from slice_out.architectures import BY_NAME, MORE, masked
 

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from hf_efx import cli
-from hf_efx.core.step_cost import TrainingClock
-from hf_efx.core.task_data import load_task
-from hf_efx.core.tasks import TaskModelOptions, TaskOptions
+from hf_efx.core.training.step_cost import TrainingClock
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.tasks import TaskModelOptions, TaskOptions
 from hf_efx.slice_out import program
 
 SHORT = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--no_plot", "--align", "2"]
@@ -164,7 +164,7 @@ def test_a_run_resumed_ends_where_the_whole_one_does(text, tmp_path, monkeypatch
 
 def test_a_measurement_is_left_out_of_the_clock(monkeypatch):
     now = iter([0.0, 10.0, 30.0])
-    monkeypatch.setattr("hf_efx.core.step_cost.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("hf_efx.core.training.step_cost.time.perf_counter", lambda: next(now))
     clock, nothing = TrainingClock(), type("S", (), {"log_history": [], "global_step": 0})
     clock.on_train_begin(None, nothing, None)  # pyright: ignore[reportArgumentType]
     clock.on_step_end(None, nothing, None)  # pyright: ignore[reportArgumentType]

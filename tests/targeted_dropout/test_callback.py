@@ -9,7 +9,7 @@ from matrix import ARCHITECTURES
 from transformers import Trainer, TrainingArguments
 
 from hf_efx import EfxTrainer, TargetedDropoutCallback, TargetedDropoutConfig, get_efx_model, step_context
-from hf_efx.core.adapter import efx_record
+from hf_efx.core.model.adapter import efx_record
 from hf_efx.targeted_dropout.layers import dropping_of
 
 GPT2 = next(architecture for architecture in ARCHITECTURES if architecture.name == "gpt2")

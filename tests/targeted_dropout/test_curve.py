@@ -11,8 +11,8 @@ from matrix import ARCHITECTURES
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hf_efx.core.curves import PruningCurve
-from hf_efx.core.record import efx_record
+from hf_efx.core.model.record import efx_record
+from hf_efx.core.results.curves import PruningCurve
 from hf_efx.targeted_dropout.curve import PruningCurveCallback, pruning_curve
 from hf_efx.targeted_dropout.pruning import prune
 

@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_efx.core.curves import PruningCurve
-from hf_efx.core.task_data import load_task
-from hf_efx.core.tasks import LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.core.results.curves import PruningCurve
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.tasks import LearningTask, TaskModelOptions, TaskOptions
 from hf_efx.targeted_dropout import prune_program
 
 TEXT = ["the cat sat on the mat", "a dog ran in the park", "one two three four five", "so it goes on and on"]

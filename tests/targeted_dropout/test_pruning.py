@@ -16,8 +16,8 @@ from torch.nn.utils import prune as torch_prune
 from transformers import AutoModelForCausalLM, GPT2Model, Trainer, TrainingArguments, default_data_collator
 
 from hf_efx import Block, EfxTrainer, LowRankConfig, default_targets, get_efx_model, merge_and_unload, unload
-from hf_efx.core.pruned import is_held
-from hf_efx.core.record import efx_record
+from hf_efx.core.model.pruned import is_held
+from hf_efx.core.model.record import efx_record
 from hf_efx.targeted_dropout.pruning import prune
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}

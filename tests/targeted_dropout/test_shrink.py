@@ -13,7 +13,7 @@ from slice_out.architectures import MORE
 from torch import nn
 
 from hf_efx import Block, default_targets
-from hf_efx.core.record import efx_record
+from hf_efx.core.model.record import efx_record
 from hf_efx.targeted_dropout.pruning import prune
 from hf_efx.targeted_dropout.shrink import shrink
 

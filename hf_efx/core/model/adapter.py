@@ -1,0 +1,176 @@
+"""The one engine that matches modules and swaps them: door 1 (`get_efx_model`), `unload` and `merge_and_unload`.
+
+A module is swapped in place, by its `__class__`, not wrapped: references to it, hooks and device placement stay.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from hf_efx.core.model.record import (
+    QUANT_METHOD,
+    EfxConfig,
+    check_record,
+    efx_record,
+    entry_config,
+    hold_pruned,
+    plan_for,
+    pruned_modules,
+    write_record,
+)
+from hf_efx.core.model.swap import refuse_offloaded
+
+if TYPE_CHECKING:
+    from hf_efx.core.model.method_config import EfxMethodConfig
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+
+def get_efx_model(
+    model: ModelT,
+    configs: "EfxConfig | EfxMethodConfig | Iterable[EfxMethodConfig] | None" = None,
+    *,
+    pretrained: bool = False,
+) -> ModelT:
+    """Puts methods into a model, in memory.
+
+    Args:
+        model: Any `torch.nn.Module`. It is changed in place.
+        configs: Method configs, applied in order. None puts back what `model.config.efx` names and the model lacks;
+            what is there already stays as it is.
+        pretrained: True says that the weights are trained, so that configs which would discard them are refused.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: If a config can't be carried out on this model (the reason and the way out are named). Everything
+            is checked first: the model is unchanged then.
+    """
+    if configs is None:
+        record = efx_record(model)
+        if record is None:
+            raise ValueError("get_efx_model(model) without configs restores what config.efx names, but there is none.")
+        restore_efx_model(model, record, initialise=True)
+        return model
+    methods = (configs if isinstance(configs, EfxConfig) else EfxConfig(configs)).methods
+    _refuse_foreign(model)
+    old = (efx_record(model) or {"methods": []})["methods"]
+    dormant = {name: entry["method"] for entry in old for name in plan_for(model, entry["modules"])}
+    entries, taken = [], {}
+    for config in methods:
+        targets = config.match(model)
+        for name in targets:
+            if name in taken:
+                raise ValueError(
+                    f"{type(config).__name__}: module {name!r} is already taken by the {taken[name]} config before "
+                    f"it in the list. Part them with target_modules or exclude_modules."
+                )
+            if name in dormant:
+                raise ValueError(
+                    f"{type(config).__name__}: module {name!r} belongs to the {dormant[name]} method which the loaded "
+                    f"checkpoint was trained with (config.efx). Put it back with get_efx_model(model), or take it "
+                    f"off for good with hf_efx.unload(model) first."
+                )
+        plan = config.plan(model, targets, pretrained)
+        for name in plan:
+            refuse_offloaded(name, model.get_submodule(name))
+        _refuse_pruned(model, config, plan)
+        taken.update(dict.fromkeys(plan, config.method))
+        entries.append((config, plan))
+    for config, plan in entries:
+        config.apply(model, plan)
+    new = [{"method": c.method, "config": c.method_fields(), "modules": plan} for c, plan in entries]
+    write_record(model, [*old, *new])
+    hold_pruned(model)
+    return model
+
+
+def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool = False, revive: bool = True) -> None:
+    """Rebuilds the structure that a record (`config.efx`) describes on a model, in place.
+
+    Args:
+        model: The dense model, on any device, meta included. Modules that are rebuilt already stay as they are.
+        record: As returned by `efx_record`.
+        initialise: Start the rebuilt parameters from the weights that are there, as the configs say. False leaves
+            their values for a checkpoint to fill.
+        revive: Put methods that act in training alone back, too. False leaves them to the record: inference needs
+            nothing of them.
+
+    Raises:
+        ValueError: If the record is malformed, newer than this version, or names modules that the model lacks.
+    """
+    entries = [(entry_config(e), plan_for(model, e["modules"]), e) for e in check_record(record)["methods"]]
+    for config, plan, _ in entries:
+        if config.changes_skeleton:
+            plan = {name: spec for name, spec in plan.items() if not hasattr(model.get_submodule(name), "dense_class")}
+        elif not revive:
+            continue
+        (config.apply if initialise else config.restore)(model, plan)
+    write_record(model, [{**entry, "modules": plan} for _, plan, entry in entries], record.get("pruned"))
+    if revive:
+        hold_pruned(model)
+
+
+def _refuse_pruned(model: nn.Module, config: "EfxMethodConfig", plan: dict[str, Any]) -> None:
+    """Raises where a method would replace pruned weights, and with them the zeros."""
+    pruned = [name for name in pruned_modules(model) if name in plan]
+    if config.changes_skeleton and pruned:
+        raise ValueError(
+            f"{type(config).__name__}: module {pruned[0]!r} is pruned (config.efx), and its zeros would be filled. "
+            f"Leave it out with exclude_modules, or give the zeros up with prune(model, 0)."
+        )
+
+
+def merge_and_unload(model: ModelT) -> ModelT:
+    """Takes all methods off: a plain dense model with the same outputs and state-dict keys.
+
+    Raises:
+        ValueError: If a peft adapter is still on the model, or a method can't be merged (the reason is named). The
+            model is unchanged then.
+    """
+    _refuse_foreign(model)
+    record = efx_record(model)
+    entries = [
+        (entry_config(entry), plan_for(model, entry["modules"]))
+        for entry in reversed(record["methods"] if record else [])
+    ]
+    for config, plan in entries:
+        config.check_merge()
+        for name in plan:
+            refuse_offloaded(name, model.get_submodule(name))
+    for config, plan in entries:
+        config.merge(model, plan)
+    write_record(model, [])
+    return model
+
+
+def unload(model: ModelT) -> ModelT:
+    """Takes the training-time methods off and leaves what changes the skeleton (low rank) in place."""
+    record = efx_record(model)
+    kept = []
+    for entry in record["methods"] if record else []:
+        config = entry_config(entry)
+        if config.changes_skeleton:
+            kept.append(entry)
+        else:
+            config.merge(model, plan_for(model, entry["modules"]))
+    write_record(model, kept)
+    return model
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    """Raises where the whole model is in a state that no method may change."""
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{type(model).__name__} already carries a peft adapter. Put hf_efx on first and the adapter on top, or "
+            f"merge or unload the adapter first. (A low-rank adapter: peft.get_peft_model(model, LowRankConfig()).)"
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD:
+        raise ValueError(
+            f"The model is quantised ({quantizer.quantization_config.quant_method}): its weights are packed integers, "
+            f"which have no factors. Load it without quantization_config first."
+        )

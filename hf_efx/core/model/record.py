@@ -1,0 +1,229 @@
+"""EfxConfig, the ordered list of method configs that a checkpoint carries, and what a model's config says of it.
+
+A checkpoint's `config.json` holds it under `efx`:
+
+    {"format_version": 1, "methods": [{"method": "low_rank", "config": {...}, "modules": {"h.0.attn.c_attn": {...}}}]}
+
+`config` are the user's settings, `modules` the structure they led to. Loading takes targets and ranks from `modules`,
+so that a checkpoint outlives changes in how they are chosen; `pruned` beside them names pruned modules. What the
+version promises stands in docs/checkpoints.md.
+
+This file must not import peft: transformers' loading imports it.
+"""
+
+import copy
+import importlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_efx.core.model.pruned import hold
+from hf_efx.registry import METHODS
+
+if TYPE_CHECKING:
+    from hf_efx.core.model.method_config import EfxMethodConfig
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "hf_efx"
+
+
+class EfxConfig(QuantizationConfigMixin):
+    """Ordered list of method configs.
+
+    Pass it to `from_pretrained(..., quantization_config=EfxConfig([...]))` to make an efx model out of a dense
+    checkpoint while it loads, or to `get_efx_model`. It is a quantization config in form only, the official way into
+    transformers' loading; nothing is quantised.
+
+    Args:
+        methods: Method configs, in the order in which they are applied.
+
+    Raises:
+        ValueError: For something that is no method config.
+    """
+
+    def __init__(self, methods: "Iterable[EfxMethodConfig] | EfxMethodConfig" = (), **unused: Any) -> None:
+        self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
+        unused.pop("quant_method", None)
+        if unused:
+            raise ValueError(f"EfxConfig: unknown key {next(iter(unused))!r}; it takes a list of method configs.")
+        self.methods: list[Any] = [methods] if hasattr(methods, "method_fields") else list(methods)  # pyright: ignore
+        for config in self.methods:
+            if not hasattr(config, "method_fields"):
+                raise ValueError(
+                    f"EfxConfig: {config!r} is no config of an hf_efx method. Pass for example "
+                    f"LowRankConfig(rank=0.25); LoRA and other peft configs go on top, with peft.get_peft_model."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form for `config.quantization_config`: the methods themselves stand in `config.efx`."""
+        return {"quant_method": QUANT_METHOD}
+
+
+def config_class(method: str) -> "type[EfxMethodConfig]":
+    """The config class of a method by its registry name.
+
+    Raises:
+        ValueError: If this version knows no model method of that name.
+    """
+    row = METHODS.get(method)
+    if row is None or row.config is None:
+        known = ", ".join(name for name, m in METHODS.items() if m.config)
+        raise ValueError(
+            f"config.efx names the method {method!r}, which this hf_efx lacks (it has: {known}). Upgrade hf_efx."
+        )
+    module, _, name = row.config.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def check_record(record: Any) -> dict[str, Any]:
+    """Checks what stands in `config.efx`.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: If it is malformed or written in a newer format.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("methods"), list):
+        raise ValueError(f"config.efx is {record!r}; expected {{'format_version': ..., 'methods': [...]}}.")
+    version = record.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(
+            f"config.efx has format_version={version!r}; expected a whole number from 1 to {FORMAT_VERSION}."
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"config.efx has format_version={version}, this one reads up to {FORMAT_VERSION}: a newer one wrote the "
+            f"checkpoint. Upgrade with `pip install -U hf_efx`."
+        )
+    if "pruned" in record:
+        _check_pruned(record["pruned"])
+    for entry in record["methods"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("modules"), dict) or "method" not in entry:
+            raise ValueError(f"config.efx has the entry {entry!r}; expected {{'method': ..., 'modules': {{...}}}}.")
+        unknown = sorted(set(entry) - {"method", "config", "modules"})
+        if unknown:
+            raise ValueError(
+                f"config.efx has the unknown key {unknown[0]!r} in its {entry['method']!r} entry. Known keys: method, "
+                f"config, modules. If a newer hf_efx wrote the checkpoint, upgrade hf_efx."
+            )
+    return record
+
+
+def _check_pruned(pruned: Any) -> None:
+    entries = pruned.items() if isinstance(pruned, dict) else [(None, None)]
+    for name, spec in entries:
+        if not isinstance(spec, dict) or set(spec) - {"bias", "follows"}:
+            raise ValueError(
+                f"config.efx has pruned={pruned if name is None else {name: spec}!r}; expected {{module: {{}}}}, with "
+                f"'bias' or 'follows' in it. If a newer hf_efx wrote the checkpoint, upgrade hf_efx."
+            )
+
+
+def entry_config(entry: dict[str, Any]) -> "EfxMethodConfig":
+    """The method config that an entry of `config.efx` describes.
+
+    Raises:
+        ValueError: For an unknown method, key or value.
+    """
+    return config_class(entry["method"])(**entry.get("config", {}))
+
+
+def efx_record(model: nn.Module) -> dict[str, Any] | None:
+    """What stands in `model.config.efx` (without a transformers config: in `model.efx`), None if nothing."""
+    return getattr(_record_holder(model), "efx", None)
+
+
+def _record_holder(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config if isinstance(config, PreTrainedConfig) else model
+
+
+def write_record(
+    model: nn.Module, methods: list[dict[str, Any]], pruned: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """Writes the methods, and the pruned modules, which None leaves as they are."""
+    pruned = (efx_record(model) or {}).get("pruned") if pruned is None else pruned
+    holder: Any = _record_holder(model)
+    if holder is not model:
+        # A model keeps the config object that it was built from. Its dense twin, built from the same object, must not
+        # be recorded as factorised.
+        shared, holder = holder, copy.deepcopy(holder)
+        for module in model.modules():
+            if getattr(module, "config", None) is shared:
+                module.config = holder
+    if methods or pruned:
+        flag = {"pruned": pruned} if pruned else {}
+        holder.efx = {"format_version": FORMAT_VERSION, "methods": methods, **flag}
+    elif hasattr(holder, "efx"):
+        del holder.efx
+    if holder is model:
+        return
+    # Read by core/model/loading.py. On the live model it is a plain dict: transformers and the Trainer take only a
+    # model that carries an `hf_quantizer` for a quantised one, and `save_pretrained` writes it as it stands.
+    mark = {"quant_method": QUANT_METHOD}
+    if any(entry_config(entry).changes_skeleton for entry in methods):
+        holder.quantization_config = mark
+        # Files name tensors as modules do. transformers would save a ViT or DINOv2 under an older layout's names, with
+        # weights joined that are factors here.
+        model._weight_conversions = []  # pyright: ignore[reportArgumentType]
+    elif getattr(holder, "quantization_config", None) == mark:
+        del holder.quantization_config, model._weight_conversions
+
+
+def plan_for(model: nn.Module, modules: dict[str, Any]) -> dict[str, Any]:
+    """A record's modules under the names they have in this model.
+
+    A checkpoint of `GPT2LMHeadModel` says `transformer.h.0...` where `GPT2Model` says `h.0...`, and the reverse.
+
+    Raises:
+        ValueError: If a module can't be found.
+    """
+    names = {name for name, _ in model.named_modules()}
+    prefix = getattr(model, "base_model_prefix", "")
+    result = {}
+    for name, spec in modules.items():
+        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        found = next((c for c in candidates if c in names), None)
+        if found is None:
+            raise ValueError(
+                f"config.efx names the module {name!r}, which {type(model).__name__} doesn't have: the checkpoint "
+                f"belongs to another architecture, or its config.json was changed."
+            )
+        result[found] = spec
+    return result
+
+
+def hold_pruned(model: nn.Module) -> None:
+    """Lets optimizers leave the zeros of a pruned model at zero, as `config.efx` says.
+
+    Nothing is done without that flag, and under an adapter of peft, which freezes the model's own weights.
+
+    Raises:
+        ValueError: If the record names modules that the model lacks.
+    """
+    pruned = (efx_record(model) or {}).get("pruned")
+    if pruned and not hasattr(model, "peft_config"):
+        hold(model, _pruned_for(model, pruned))
+
+
+def mark_pruned(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+    """Writes into `config.efx` which modules are pruned (see pruned.py), and holds their zeros; {} ends both."""
+    write_record(model, (efx_record(model) or {"methods": []})["methods"], modules)
+    hold(model, modules)
+
+
+def pruned_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The modules that `config.efx` says are pruned, under the names that they have in this model."""
+    return _pruned_for(model, (efx_record(model) or {}).get("pruned") or {})
+
+
+def _pruned_for(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    plan = {}
+    for name, spec in plan_for(model, pruned).items():
+        follows = [("follows", next(iter(plan_for(model, {spec["follows"]: None}))))] if "follows" in spec else []
+        plan[name] = {**spec, **dict(follows)}
+    return plan

@@ -1,0 +1,133 @@
+"""Looking at a model in the middle of its training, without a trace in it or in the random state."""
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_efx.core.training.step_context import StepContext
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile, in any order.
+
+    Calling it touches no gradient reducer. Shards (FSDP) stay wrapped: only the wrapper can gather them.
+    """
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif "_orig_mod" in vars(model).get("_modules", {}):  # torch.compile's
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside wrappers and peft's adapters, whose class and signature say what it takes."""
+    model = unwrap_model(model)
+    is_peft = any(cls.__name__ == "PeftModel" for cls in type(model).__mro__)  # importing peft takes seconds
+    return model.get_base_model() if is_peft else model  # pyright: ignore[reportCallIssue]
+
+
+@contextmanager
+def scoring_state(model: nn.Module, mode: Literal["eval", "train", "dropout"] = "eval") -> Iterator[None]:
+    """Puts a model into a mode for looking at it, and everything back afterwards, after an exception too.
+
+    Inside there are no gradients, no gradient checkpointing and no draws of methods of ours (`StepContext`). Put back
+    are every module's own training flag, buffers (running statistics, as the very tensors they were), and the random
+    states of torch on the CPU and the model's devices, of numpy and of Python. In `"eval"` no buffer is copied: one
+    that a layer there changes in place stays changed.
+
+    Args:
+        model: An unwrapped model; see `unwrap_model`.
+        mode: `"eval"`; `"train"`, with dropout and batch statistics; or `"dropout"`, training but for layers with
+            running statistics, which keep to them (LayerDrop, where a model has it, is on in both).
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    checkpointing = [module for module in modules if vars(module).get("gradient_checkpointing")]
+    contexts = {id(value): value for m in modules for value in vars(m).values() if isinstance(value, StepContext)}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())  # inference_mode would leave tensors behind that training can't use
+        stack.enter_context(_random_state(model))
+        for context in contexts.values():
+            stack.enter_context(context.disabled())
+        stack.enter_context(_kept_buffers(modules, copied=mode != "eval"))
+        try:
+            _set_mode(model, modules, mode)
+            for module in checkpointing:
+                setattr(module, "gradient_checkpointing", False)  # noqa: B010
+            yield
+        finally:
+            for module, flag in zip(modules, training, strict=True):
+                module.training = flag
+            for module in checkpointing:
+                setattr(module, "gradient_checkpointing", True)  # noqa: B010
+            # In torch before pull request 165068 (December 2025), casts that autocast cached without gradients would
+            # cut the weights off in a training step of the same autocast region.
+            torch.clear_autocast_cache()
+
+
+def _set_mode(model: nn.Module, modules: list[nn.Module], mode: str) -> None:
+    if mode == "eval":
+        for module in modules:  # not eval(): a layer that merges weights there would stay merged
+            module.training = False
+        return
+    model.train()  # not the flags: a model may keep frozen parts in eval
+    if mode == "dropout":
+        for module in modules:
+            if vars(module).get("track_running_stats"):
+                module.training = False
+
+
+@contextmanager
+def _random_state(model: nn.Module) -> Iterator[None]:
+    """Puts the random states back that a forward pass may draw from (wav2vec2's masks use numpy's, for one)."""
+    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    kind = next((device.type for device in devices), "cpu")
+    python, numpy = random.getstate(), np.random.get_state()
+    mps = torch.mps.get_rng_state() if kind == "mps" else None  # one state, which fork_rng would ask for by device
+    forked = [] if kind == "mps" else [device for device in devices if device.type == kind]
+    try:
+        with torch.random.fork_rng(forked, device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+@contextmanager
+def _kept_buffers(modules: list[nn.Module], copied: bool) -> Iterator[None]:
+    """Puts the buffers back, as the very tensors they were; a forward pass works on copies of them if `copied`.
+
+    A module that puts another tensor into a buffer's place keeps books on that beside it (RoPE that grows with the
+    longest row notes its length): its numbers and tensors are put back too.
+    """
+    owners = [module for module in modules if module._buffers]
+    kept = [(module, dict(module._buffers), _numbers(module)) for module in owners]
+    lent = [dict(buffers) for _, buffers, _ in kept]
+    if copied:
+        copies = {id(b): b.clone() for buffers in lent for b in buffers.values() if b is not None}
+        lent = [{name: None if b is None else copies[id(b)] for name, b in buffers.items()} for buffers in lent]
+    try:
+        for module, buffers in zip(owners, lent, strict=True):
+            module._buffers.update(buffers)
+        yield
+    finally:
+        for (module, buffers, numbers), given in zip(kept, lent, strict=True):
+            if any(module._buffers.get(name) is not buffer for name, buffer in given.items()):
+                for name in _numbers(module).keys() - numbers.keys():
+                    delattr(module, name)
+                vars(module).update(numbers)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, (int, float, torch.Tensor))}

@@ -1,0 +1,323 @@
+"""EfxTrainerMixin: what every Trainer of ours does beyond transformers' own.
+
+It goes over `Trainer`, `Seq2SeqTrainer` or trl's `SFTTrainer`, and changes no training step:
+
+    class MySFTTrainer(EfxTrainerMixin, SFTTrainer): ...
+"""
+
+import gc
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import EvalResult
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modelcard import TrainingSummary
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import CONFIG_NAME
+
+from hf_efx.core.model.adapter import efx_record, hold_pruned, restore_efx_model
+from hf_efx.core.model.record import config_class
+from hf_efx.core.results.card import write_model_card
+from hf_efx.core.training.arguments import EfxArgumentsMixin
+from hf_efx.core.training.checkpoints import explain_incomplete, explained_write_errors, last_complete_checkpoint
+from hf_efx.core.training.step_context import StepContextCallback, step_context
+from hf_efx.registry import METHODS
+
+logger = logging.getLogger(__name__)
+
+# The type checker sees the Trainer that the mixin is put over; at run time the mixin has no base.
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class EfxTrainerMixin(_Base):
+    """Resumes from complete checkpoints alone, restores their structure, and carries extra columns and metrics.
+
+    Where the model carries methods that draw while training, it moves their step context along with the run; the
+    figures of a `StepContextCallback` that was passed reach the logs.
+
+    Attributes:
+        extra_columns: Columns that survive the removal of columns unknown to the model, such as `example_id`. They
+            reach `get_batch_samples` (if the data collator hands them on) and are taken off before the model sees the
+            batch.
+    """
+
+    extra_columns: tuple[str, ...] = ()
+
+    _resume_from: str | None = None
+    _pending_metrics: dict[str, list[float]] | None = None
+
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Trains, as `Trainer.train` does.
+
+        Args:
+            resume_from_checkpoint: True goes on from the newest complete checkpoint in `args.output_dir`, past torn
+                ones, which are logged. A path names one checkpoint. The model is given the structure that the
+                checkpoint's `config.efx` describes.
+            *args: Further arguments of `Trainer.train`.
+            **kwargs: Further arguments of `Trainer.train`.
+
+        Raises:
+            ValueError: Before any work: no complete checkpoint, a named one that is torn, or a model with another
+                structure than the checkpoint's.
+            CheckpointWriteError: If a checkpoint can't be written (an OSError).
+            KeyboardInterrupt: Passed on, after a log line that says how to go on.
+        """
+        self._resume_from = self._resume_point(resume_from_checkpoint)
+        try:
+            if self._resume_from is not None and self.model is not None and self.model_init is None:
+                self._match_structure(self.model, self._resume_from, fresh=self.optimizer is None)
+            if self.model is not None:
+                self._hold_pruned(self.model)
+            self._move_step_context()
+            return super().train(self._resume_from, *args, **kwargs)
+        except KeyboardInterrupt:
+            self._log_interruption()
+            raise
+        finally:
+            self._resume_from = None
+
+    def end(self) -> None:
+        """Ends trackers and the process group, as the base class does; the model stays.
+
+        Before that it lets go of `DistributedDataParallel`: destroyed after its group it waits for Gloo's threads,
+        which may wait for the interpreter, and the process never ends (pytorch issues 56297 and 190489).
+        """
+        self.accelerator.free_memory()
+        self.model_wrapped = self.model
+        gc.collect()
+        super().end()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Makes the model (`model_init`), in the structure of the checkpoint that is resumed from, if any."""
+        model = super().call_model_init(trial)
+        if self._resume_from is not None:
+            self._match_structure(model, self._resume_from)
+        self._hold_pruned(model)
+        return model
+
+    def _hold_pruned(self, model: nn.Module) -> None:
+        """Keeps a pruned model pruned, as `config.efx` says."""
+        if "pruned" in (efx_record(model) or {}) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "The model is pruned (config.efx), but FSDP and DeepSpeed flatten or shard its weights, so that their "
+                "zeros can't be held: train it with DDP, or give the zeros up with hf_efx.prune(model, 0)."
+            )
+        hold_pruned(model)
+
+    def _move_step_context(self) -> None:
+        """Adds the callback that the model's training-time methods need, unless one was passed."""
+        present = self.model is not None and step_context(self.model) is not None
+        resting = [] if present or self.model is None else _training_methods(efx_record(self.model))
+        if resting:
+            logger.warning(
+                "config.efx names %s, which loading doesn't put back: training goes on without. Call "
+                "hf_efx.get_efx_model(model) first to go on with it, or hf_efx.unload(model) to silence this.",
+                ", ".join(resting),
+            )
+        passed = any(isinstance(callback, StepContextCallback) for callback in self.callback_handler.callbacks)
+        if (present or self.model_init is not None) and not passed:
+            self.add_callback(StepContextCallback())
+
+    def _resume_point(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
+        if resume is None or resume is False:
+            return None
+        output_dir = str(self.args.output_dir)
+        if resume is True:
+            checkpoint = last_complete_checkpoint(output_dir)
+            if self.args.world_size > 1:
+                # File systems may differ from node to node: all go on from the newest one that every process has.
+                step = -1 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+                step = int(self.accelerator.gather(torch.tensor([step], device=self.args.device)).min())  # pyright: ignore
+                checkpoint = None if step < 0 else os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            if checkpoint is None:  # in transformers' words
+                raise ValueError(f"No valid checkpoint found in output directory ({output_dir})")
+            return checkpoint
+        reason = explain_incomplete(resume)
+        if reason is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={os.fspath(resume)!r} is no complete checkpoint: {reason}. Name another one, "
+                f"or pass True for the newest complete one in output_dir={output_dir!r}."
+            )
+        return os.fspath(resume)
+
+    def _match_structure(self, model: nn.Module, checkpoint: str, fresh: bool = True) -> None:
+        """Gives the model the checkpoint's structure, before its weights are loaded into it.
+
+        Loading alone wouldn't stop: the Trainer only warns of keys that it misses, and trains on from random values.
+
+        Raises:
+            ValueError: If the model carries another structure, or an optimizer holds parameters that would go (not
+                `fresh`).
+        """
+        config_file = Path(checkpoint, CONFIG_NAME)
+        if not config_file.is_file():  # an adapter's checkpoint, or a module without a config
+            return
+        record = json.loads(config_file.read_bytes()).get("efx")
+        present = efx_record(model)
+        if _structure(record) == _structure(present):
+            # A loaded model has training-time methods in its config alone, and zeros that nothing holds.
+            if record is not None and (_training_methods(record) or "pruned" in record):
+                restore_efx_model(model, record)
+            return
+        if _structure(present):
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} was saved with {_methods(record)}, but the model has "
+                f"{_methods(present)} in another structure or with other settings. Give the Trainer a model without "
+                f"methods, which is then rebuilt to match, or start a new run from the loaded checkpoint."
+            )
+        if not fresh and len(_training_methods(record)) < len(record["methods"]):
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} was saved with {_methods(record)}, and rebuilding the model "
+                f"to match would leave the Trainer's optimizer with parameters that are gone. Resume with a new "
+                f"Trainer that is given no optimizer."
+            )
+        restore_efx_model(model, record)
+        logger.info("Rebuilt the model with %s, as %s has it.", _methods(record), checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Loads a checkpoint's weights, those too that transformers saved under an older layout's names (ViT, DINOv2).
+
+        The Trainer by itself only warns of keys that it misses there, and trains on from random layers.
+        """
+        target: Any = self.model if model is None else model
+        whole = isinstance(target, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        if not whole or revert_weight_conversion(target, target.state_dict()).keys() == target.state_dict().keys():
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        loaded = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(loaded.state_dict())
+
+    def _log_interruption(self) -> None:
+        if not self.is_world_process_zero():
+            return
+        checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+        if checkpoint is None:
+            way_on = f"There is no complete checkpoint in output_dir={self.args.output_dir!r} yet: a run starts anew."
+        else:
+            way_on = f"The newest complete checkpoint is {checkpoint}: go on with train(resume_from_checkpoint=True)."
+        logger.warning("Interrupted at step %s of %s. %s", self.state.global_step, self.state.max_steps, way_on)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        with explained_write_errors("output_dir", str(self.args.output_dir), step):
+            if self.args.should_save:
+                # A folder of an earlier run that is written over would look whole while new and old files are mixed.
+                folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        with explained_write_errors("output_dir", folder, self.state.global_step):
+            super()._save(output_dir, state_dict)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = [*columns, *(c for c in self.extra_columns if c not in columns)]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self.extra_columns and isinstance(inputs, Mapping):
+            inputs = {name: value for name, value in inputs.items() if name not in self.extra_columns}
+        return super()._prepare_inputs(inputs)
+
+    def add_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Hands figures to the next training log, which shows each name's mean since the one before.
+
+        Only the first process' figures are logged: gather before, where processes differ. Where a log has a figure of
+        the Trainer's own under the name, that one stays.
+
+        Args:
+            metrics: Figures by name, described in docs/metrics.md.
+        """
+        if self._pending_metrics is None:
+            self._pending_metrics = {}
+        for name, value in metrics.items():
+            self._pending_metrics.setdefault(name, []).append(float(value))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs figures as `Trainer.log` does, and in a training log (not an evaluation's) those of `add_metrics`."""
+        if "loss" in logs or "train_loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StepContextCallback):
+                    self.add_metrics(callback.metrics())
+        if self._pending_metrics and ("loss" in logs or "train_loss" in logs):
+            means = {name: sum(values) / len(values) for name, values in self._pending_metrics.items()}
+            # In place, as the Trainer adds to its logs itself: the summary's dict goes on to the TrainOutput.
+            logs.update({name: mean for name, mean in means.items() if name not in logs})
+            self._pending_metrics = None
+        super().log(logs, start_time)
+
+    def create_model_card(self, model_name: str | None = None, **details: Any) -> None:  # pyright: ignore
+        """Writes our model card into `args.output_dir`, unless `args.model_card` is False; a peft model gets peft's.
+
+        Args:
+            model_name: The model's name; None for the folder's.
+            **details: What else the Trainer's own method takes: tags, license, language, dataset, dataset_tags, ...
+        """
+        wanted = not isinstance(self.args, EfxArgumentsMixin) or self.args.model_card
+        if not wanted or not self.is_world_process_zero():
+            return
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PreTrainedModel):
+            return super().create_model_card(model_name=model_name, **details)
+        details.setdefault("dataset", details.pop("dataset_name", None))  # trl's name for it
+        details["dataset"] = details.pop("dataset_name", details.get("dataset"))  # trl's name for it
+        summary = TrainingSummary.from_trainer(self, model_name=model_name, **details)
+        metadata = summary.create_metadata()
+        given = {key: metadata[key] for key in ("license", "language", "base_model", "datasets") if key in metadata}
+        methods = (efx_record(model) or {"methods": []})["methods"]
+        write_model_card(
+            str(self.args.output_dir),
+            model_name=summary.model_name,
+            methods=[entry["method"] for entry in methods],
+            results=_last_evaluation(self.state.log_history, summary.tasks, metadata.get("datasets")),
+            auto_class=type(model).__name__,
+            repo_id=self.hub_model_id,
+            needs_hf_efx=any(config_class(entry["method"]).changes_skeleton for entry in methods),
+            configuration={entry["method"]: entry["config"] for entry in methods},
+            training=summary.hyperparameters,
+            citations=[METHODS[entry["method"]].citation for entry in methods],
+            tags=metadata["tags"],
+            **given,
+        )
+
+
+class EfxTrainer(EfxTrainerMixin, Trainer):
+    """`transformers.Trainer` with everything of `EfxTrainerMixin`."""
+
+
+def _structure(record: dict[str, Any] | None) -> list[Any]:
+    """What of a record must be the same, as JSON has it: settings too, since they decide the forward."""
+    return json.loads(json.dumps(record["methods"] if record else []))
+
+
+def _last_evaluation(log_history: list[dict[str, float]], tasks: Any, datasets: list[str] | None) -> list[EvalResult]:
+    """The newest evaluation's figures, without timings, as a card takes them."""
+    logs = next((logs for logs in reversed(log_history) if "eval_loss" in logs), {})
+    task = tasks[0] if isinstance(tasks, list) else tasks or "other"
+    data = datasets[0] if datasets else "unknown"
+    return [
+        EvalResult(task, data, data, metric_type=name.removeprefix("eval_"), metric_value=value)
+        for name, value in logs.items()
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_time"))
+    ]
+
+
+def _training_methods(record: dict[str, Any] | None) -> list[str]:
+    """The methods of a record that act in training alone."""
+    names = [entry["method"] for entry in record["methods"]] if record else []
+    return [name for name in names if not config_class(name).changes_skeleton]
+
+
+def _methods(record: dict[str, Any] | None) -> str:
+    return ", ".join(entry["method"] for entry in record["methods"]) if record else "no method"
