@@ -4,6 +4,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One measured claim of a method's published results, in the few words that the README's table has for it.
+
+    Attributes:
+        kind: `"study"` or `"benchmark"`.
+        claim: The claim's text in those results, without "(not separated)".
+        words: A format of the measured figure, such as `"{:.2f} of a dense step's time"`.
+        scale: What the figure is multiplied by first: 100 for percentage points.
+    """
+
+    kind: str
+    claim: str
+    words: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Method:
     """One research method.
 
@@ -18,6 +35,8 @@ class Method:
         config: Import path of the method's PEFT-style config, None where it has none.
         options: Import paths of the dataclasses whose fields are the method's options.
         program: Import path of the function behind `hf-efx <name>`, None while the method is planned.
+        quality: What its results say of quality, in the README's table.
+        cost: The same of its cost.
     """
 
     name: str
@@ -30,6 +49,8 @@ class Method:
     config: str | None = None
     options: tuple[str, ...] = ()
     program: str | None = None
+    quality: Figure | None = None
+    cost: Figure | None = None
 
     @property
     def status(self) -> str:
@@ -64,6 +85,14 @@ _ROWS = (
         config="hf_efx.low_rank.config.LowRankConfig",
         options=("hf_efx.low_rank.config.LowRankConfig", "hf_efx.low_rank.arguments.LowRankArgumentsMixin"),
         program="hf_efx.low_rank.train_gpt2.main",
+        quality=Figure(
+            "study",
+            "short budget: share of the He-to-dense gap that spectral closes",
+            "spectral start closes {:.0%} of the gap from He to dense",
+        ),
+        cost=Figure(
+            "benchmark", "rank 0.25: time of a training step over dense", "{:.2f} of a dense step's time at rank 0.25"
+        ),
     ),
     Method(
         name="rho_loss",
@@ -78,6 +107,14 @@ _ROWS = (
             "hf_efx.rho_loss.irreducible_run.IrreducibleOptions",
         ),
         program="hf_efx.rho_loss.program.main",
+        quality=Figure(
+            "study", "mlp: best accuracy above uniform's", "{:+.1f} points of accuracy over uniform draws (MLP)", 100
+        ),
+        cost=Figure(
+            "benchmark",
+            "mlp, fast preset: seconds to uniform's best over uniform's, the table paid by one run",
+            "{:.2f} of uniform's seconds to its best, table included (MLP)",
+        ),
     ),
     Method(
         name="goldiprox",
@@ -89,6 +126,16 @@ _ROWS = (
         task="choose a training sequence with a small proxy",
         options=("hf_efx.rho_loss.arguments.RHOLossArgumentsMixin", "hf_efx.goldiprox.program.SelectOptions"),
         program="hf_efx.goldiprox.program.main",
+        quality=Figure(
+            "study",
+            "mlp-512's sequence brings mlp-2048 to uniform's best; steps over uniform's",
+            "{:.2f} of uniform's steps to its best (four times wider MLP)",
+        ),
+        cost=Figure(
+            "study",
+            "mlp-512's sequence brings mlp-2048 to uniform's best; time over uniform's",
+            "{:.2f} of uniform's time to its best",
+        ),
     ),
     Method(
         name="npt",
@@ -109,6 +156,16 @@ _ROWS = (
         task="predict generalization without a validation set",
         options=("hf_efx.prunability.program.PrunabilityOptions",),
         program="hf_efx.prunability.program.main",
+        quality=Figure(
+            "study",
+            "Kendall's tau of prunability with the accuracy gap, 92 networks",
+            "Kendall's tau {:.2f} with the accuracy gap of 92 networks",
+        ),
+        cost=Figure(
+            "benchmark",
+            "seconds over those of a scan with torch.nn.utils.prune",
+            "{:.2f} of the seconds of a scan by torch.nn.utils.prune",
+        ),
     ),
     Method(
         name="interlocking",
@@ -131,6 +188,17 @@ _ROWS = (
         config="hf_efx.slice_out.config.SliceOutConfig",
         options=("hf_efx.slice_out.config.SliceOutConfig",),
         program="hf_efx.slice_out.program.main",
+        quality=Figure(
+            "study",
+            "cnn: SliceOut, circular, accuracy above that of dropout at equal epochs",
+            "{:+.1f} points of accuracy against dropout, equal epochs (CNN)",
+            100,
+        ),
+        cost=Figure(
+            "study",
+            "cnn: SliceOut, circular, CPU time of as many epochs over dropout's",
+            "{:.2f} of dropout's time (CNN)",
+        ),
     ),
     Method(
         name="mc_dropout",
@@ -162,6 +230,17 @@ _ROWS = (
         config="hf_efx.targeted_dropout.config.TargetedDropoutConfig",
         options=("hf_efx.targeted_dropout.config.TargetedDropoutConfig",),
         program="hf_efx.targeted_dropout.program.main",
+        quality=Figure(
+            "study",
+            "mlp, 90% of weights pruned, ramped .99/.9: accuracy below that of the unpruned dense network",
+            "{:+.1f} points of accuracy with 90% of weights pruned (MLP)",
+            -100,
+        ),
+        cost=Figure(
+            "benchmark",
+            "a training step with candidates renewed every 50 steps over dense",
+            "{:.2f} of a dense step's time",
+        ),
     ),
 )
 

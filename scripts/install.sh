@@ -40,9 +40,27 @@ make_venv() {
     "$base_python" -m venv --clear .venv || stop "making .venv failed, see above"
 }
 
+# pip's output goes into a log; a terminal shows one line of it, which moves on.
 pip_install() {
-    "$venv_python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$1]" &&
-        "$venv_python" -c 'import torch, transformers, peft, datasets, hf_efx'
+    local log=.venv/install.log pip status
+    "$venv_python" -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e ".[$1]" \
+        >"$log" 2>&1 &
+    pip=$!
+    trap 'kill "$pip" 2>/dev/null; exit 130' INT TERM
+    while [ -t 1 ] && kill -0 "$pip" 2>/dev/null; do
+        printf '\r\033[K%.100s' "$(grep -v '^ *$' "$log" | tail -n 1)"
+        sleep 1
+    done
+    wait "$pip"
+    status=$?
+    trap - INT TERM
+    [ ! -t 1 ] || printf '\r\033[K'
+    if [ "$status" -eq 0 ]; then
+        "$venv_python" -c 'import torch, transformers, peft, datasets, hf_efx' >>"$log" 2>&1
+        status=$?
+    fi
+    [ "$status" -eq 0 ] || { tail -n 15 "$log" >&2; say "all of it: $log"; }
+    return "$status"
 }
 
 install() {
@@ -63,7 +81,7 @@ install() {
         return
     fi
     [ "$reused" = no ] || check_disk
-    say "installing with pip, into .venv (about 2 GB)"
+    say "installing with pip, into .venv (about 2 GB, a few minutes; pip says what it does in .venv/install.log)"
     if ! pip_install "$extra"; then
         [ "$reused" = yes ] || stop "the installation failed, see above. Run this again once that is mended; it goes on from here."
         say ".venv can't be mended by pip, making it anew"

@@ -17,14 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_efx.core.files import write_atomically
-from hf_efx.core.results.card import MethodRow, markdown_table, render_result_card
-from hf_efx.core.results.evidence import claims_table, read_results, summary_table
+from hf_efx.core.results.card import markdown_table, render_result_card
+from hf_efx.core.results.evidence import NOT_SEPARATED, claims_table, read_results, summary_table
 from hf_efx.core.training.arguments import describe_options
-from hf_efx.registry import METHODS
+from hf_efx.registry import METHODS, Figure, Method
 
 KINDS = {"study": "scripts/reproduce/results", "benchmark": "scripts/benchmarks/results"}
 SECTION = re.compile(r"(<!-- begin generated: ([^>]*?) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 BEGIN = re.compile(r"<!-- begin generated: .*? -->")
+
+EMPTY = "\u2013"
 
 Results = dict[tuple[str, str], dict]
 
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     return int(options.check and bool(drifted))
 
 
-def drift(root: Path, methods: Mapping[str, MethodRow]) -> dict[Path, str | None]:
+def drift(root: Path, methods: Mapping[str, Method]) -> dict[Path, str | None]:
     """The files that differ from what the results give: path -> text as it should be, None for a card without results.
 
     Raises:
@@ -73,7 +75,7 @@ def drift(root: Path, methods: Mapping[str, MethodRow]) -> dict[Path, str | None
     return {path: text for path, text in wanted.items() if text != _text(path)}
 
 
-def _read_all(root: Path, methods: Mapping[str, MethodRow]) -> Results:
+def _read_all(root: Path, methods: Mapping[str, Method]) -> Results:
     results: Results = {}
     for kind, folder in KINDS.items():
         for path in sorted((root / folder).glob("*.json")):
@@ -106,18 +108,33 @@ def _filled(path: Path, sections: Mapping[str, str]) -> str:
     return SECTION.sub(fill, text)
 
 
-def _methods_table(root: Path, methods: Mapping[str, MethodRow], results: Results) -> str:
+def _methods_table(root: Path, methods: Mapping[str, Method], results: Results) -> str:
     lines = []
     for name, method in methods.items():
         page = f"hf_efx/{name}/"
         title = f"[{method.title}]({page})" if (root / page).is_dir() else method.title
-        headlines = []
-        for kind in KINDS:
-            if headline := results.get((name, kind), {}).get("headline"):
-                headlines.append(f"{headline} ([{kind}](model_cards/{name}-{kind}.md))")
-        paper = f"[{method.paper}](https://arxiv.org/abs/{method.arxiv})"
-        lines.append((title, paper, method.status, " ".join(headlines) or "\u2013"))
-    return markdown_table(("method", "paper", "status", "measured here"), lines)
+        paper = f"[{method.arxiv}](https://arxiv.org/abs/{method.arxiv})"
+        measured = [_figure(name, figure, results) for figure in (method.quality, method.cost)]
+        lines.append((title, paper, *(measured if method.program else ("planned", EMPTY))))
+    return markdown_table(("method", "paper (arXiv)", "quality, measured", "cost, measured"), lines)
+
+
+def _figure(name: str, figure: Figure | None, results: Results) -> str:
+    """A claim's measured figure in the registry's words, with a link to its card.
+
+    Raises:
+        ValueError: If the method's results have no such claim.
+    """
+    if figure is None or (name, figure.kind) not in results:
+        return EMPTY
+    claims = {one["claim"].removesuffix(f" ({NOT_SEPARATED})"): one for one in results[name, figure.kind]["claims"]}
+    if figure.claim not in claims:
+        raise ValueError(
+            f"hf_efx.registry: {name} names the claim {figure.claim!r}, which {KINDS[figure.kind]}/{name}.json lacks"
+        )
+    measured = claims[figure.claim]["measured"]
+    words = "not finite" if measured is None else figure.words.format(figure.scale * measured)
+    return f"[{words}](model_cards/{name}-{figure.kind}.md)"
 
 
 def _options(paths: Sequence[str]) -> str:

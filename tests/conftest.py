@@ -1,6 +1,8 @@
 """Fixtures that several rooms of the suite use."""
 
+import logging
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -8,10 +10,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hub_server import HubServer
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Every test draws the same numbers in any order of the tests, and leaves loggers and torch as it found them."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    loggers = [logging.getLogger(name) for name in (None, "hf_efx", "transformers")]
+    kept = [(logger.level, logger.propagate, logger.disabled, logger.handlers[:]) for logger in loggers]
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    for logger, (level, propagate, disabled, handlers) in zip(loggers, kept, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.disabled, logger.handlers[:] = propagate, disabled, handlers
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,15 @@ def repository(tmp_path):
         data={"name": "text", "fingerprint": "ab12"},
         seeds=[0],
         rows=[{"configuration": "dense", "seed": 0, "perplexity": 8.0}],
-        claims=[claim("dense best", source="ours", bar=0, measured=1.0, direction="at_least")],
+        claims=[
+            claim(
+                f"{METHODS['low_rank'].quality.claim} (not separated)",  # pyright: ignore[reportOptionalMemberAccess]
+                source="ours",
+                bar=0,
+                measured=0.4567,
+                direction="at_least",
+            )
+        ],
     )
     return tmp_path
 
@@ -61,9 +70,9 @@ def test_generated_sections(repository):
     assert "\nbetween\n<!-- begin generated: benchmark -->\nNot measured yet.\n<!-- end generated -->\nafter\n" in page
     readme = (repository / "README.md").read_text()
     method = METHODS["low_rank"]
-    paper = f"[{method.paper}](https://arxiv.org/abs/2209.13569)"
-    measured = "Spectral wins. ([study](model_cards/low_rank-study.md))"
-    assert f"| [{method.title}](hf_efx/low_rank/) | {paper} | {method.status} | {measured} |" in readme
+    paper = "[2209.13569](https://arxiv.org/abs/2209.13569)"
+    measured = "[spectral start closes 46% of the gap from He to dense](model_cards/low_rank-study.md)"
+    assert f"| [{method.title}](hf_efx/low_rank/) | {paper} | {measured} | \u2013 |" in readme
     assert readme.count("\n| ") == 2 + len(METHODS)  # titles, rule, a line for each method
     assert (repository / "model_cards/low_rank-study.md").read_text().count("| dense | 8 |") == 1
     assert _run(repository, "--check") == 0
@@ -84,6 +93,20 @@ def test_check_names_what_drifted_and_writes_nothing(repository, capsys):
     assert "drifted: README.md" not in out and not card.exists() and "| dense | 7 |" in page.read_text()
     assert _run(repository) == 0 and card.exists() and not orphan.exists()
     assert _run(repository, "--check") == 0
+
+
+def test_no_cell_of_the_table_is_long():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(METHODS)
+    cells = [re.sub(r"\]\(.*?\)", "]", cell) for row in rows for cell in row.split(" | ")]
+    assert not [cell for cell in cells if len(cell.split()) > 12]
+
+
+def test_a_claim_that_is_gone_is_named(repository):
+    results = repository / "scripts/reproduce/results/low_rank.json"
+    results.write_text(json.dumps({**json.loads(results.read_text()), "claims": []}))
+    with pytest.raises(ValueError, match="hf_efx.registry: low_rank names the claim 'short budget: share of"):
+        _run(repository)
 
 
 def test_text_outside_the_sections_is_free(repository):
