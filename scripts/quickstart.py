@@ -1,12 +1,13 @@
 """The main job: a small GPT-2 trained from scratch on real English, dense and in low-rank form, side by side.
 
     bash scripts/quickstart.sh                            # installs first, then runs this
-    python scripts/quickstart.py                          # about 3 minutes on two CPU cores
+    python scripts/quickstart.py                          # about 2 minutes on two CPU cores
     python scripts/quickstart.py --dataset my_text.txt    # any text: a file, a folder, a data set on the Hub
     python scripts/quickstart.py --seconds 120            # longer runs, better models
 
 All runs start from the same dense weights and see the same batches in the same order; what differs is how the factors
 of W = U Vᵀ start ("Exploring Low Rank Training of Deep Neural Networks", Kamalakara et al. 2022, arXiv 2209.13569).
+They train beside each other, one on each core; their steps are timed afterwards, in turn, with nothing beside them.
 The best low-rank model is saved with its card, then loaded in a new process by plain
 `AutoModelForCausalLM.from_pretrained`.
 """
@@ -14,10 +15,18 @@ The best low-rank model is saved with its card, then loaded in a new process by 
 import argparse
 import json
 import math
+import multiprocessing
+import os
+import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 RANK = 0.25
@@ -39,6 +48,8 @@ NOTE = (
     "measures it over seeds."
 )
 PLOT, CHECK, RESULTS = "loss.png", "check.safetensors", "results.json"
+TIMED_STEPS = 12
+PROGRESS: Any = None  # in a process that trains: the queue of (run, step, note) that the first process shows
 
 
 def main() -> None:
@@ -49,6 +60,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=VOCABULARY, help="tokens of the tokenizer that is trained")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=cores(), help="runs beside each other (default: one a core)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps of each run (default: {STEPS})")
     length.add_argument("--seconds", type=float, help="choose the steps so that the dense run takes about this long")
@@ -64,45 +76,71 @@ def job(options: argparse.Namespace) -> None:
     """Trains all runs, reports, saves the best low-rank model, and checks it in a new process."""
     start = time.perf_counter()
     print("Loading torch, transformers and the text ...", flush=True)
-    import datasets
-    import torch
-    import transformers
-
-    from hf_efx.low_rank.train_gpt2 import plot_losses
-    from hf_efx.programs.causal_lm import DataOptions, load_corpus
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    # Matrices this small gain little from more threads, and lose much where these wait for a core that is busy.
-    torch.set_num_threads(1)
-    corpus = load_corpus(
-        DataOptions(options.dataset, options.text_column, block_size=BLOCK, vocab_size=options.vocab_size)
-    )
-    print(
-        f"{corpus.name}: {len(corpus.train) * BLOCK:,} tokens to train on, {len(corpus.validation) * BLOCK:,} held "
-        f"out ({corpus.bytes_per_token:.1f} bytes a token).\n"
-        f"GPT-2 ({MODEL}), {BATCH * BLOCK:,} tokens a step, rank {RANK}.",
-        flush=True,
-    )
-    steps = options.steps if options.seconds is None else steps_in(options.seconds, corpus, options.seed)
-    trainers, rows = train_all(corpus, steps, options.seed)
-    show(rows)
-    folder: Path = options.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    plot_losses({name: trainer.state.log_history for name, trainer in trainers.items()}, folder / PLOT)
-    best = min((name for name in RUNS if name != "dense"), key=lambda name: rows[name]["eval_perplexity"])
-    save(folder, trainers[best].model, best, corpus, rows, steps, options.seed)
+    queue = multiprocessing.get_context("spawn").Queue()
+    with tempfile.TemporaryDirectory() as kept, worker_pool(min(options.workers, len(RUNS)), queue) as pool:
+        corpus = load_quietly(options.dataset, options.text_column, options.vocab_size)
+        print(
+            f"{corpus.name}: {len(corpus.train) * BLOCK:,} tokens to train on, {len(corpus.validation) * BLOCK:,} "
+            f"held out ({corpus.bytes_per_token:.1f} bytes a token).\n"
+            f"GPT-2 ({MODEL}), {BATCH * BLOCK:,} tokens a step, rank {RANK}.",
+            flush=True,
+        )
+        steps = options.steps if options.seconds is None else steps_in(options.seconds, corpus, options.seed)
+        rows, logs = train_all(pool, queue, corpus, steps, options.seed, Path(kept))
+        pool.shutdown()
+        for name, seconds in step_seconds(corpus, options.seed).items():
+            rows[name]["step_seconds"] = seconds
+        show(rows)
+        best = min((name for name in RUNS if name != "dense"), key=lambda name: rows[name]["eval_perplexity"])
+        folder: Path = options.output_dir
+        shutil.copytree(Path(kept, best), folder, dirs_exist_ok=True)
+    save(folder, best, corpus, rows, logs, steps, options.seed)
     print(f"\nThe best low-rank model ({best}), its card, {PLOT} and {RESULTS} are in {folder}.")
     print("A new process: import hf_efx, then AutoModelForCausalLM.from_pretrained ...", flush=True)
     subprocess.run([sys.executable, __file__, "--check", str(folder)], check=True)
     print(f"\nDone in {time.perf_counter() - start:.0f} s{peak_memory()}.")
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def worker_pool(workers: int, queue: Any) -> ProcessPoolExecutor:
+    """Processes that train; they start at once, and import while the first one loads the text."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), become_worker, (queue,))
+    for _ in range(workers):
+        pool.submit(cores)
+    return pool
+
+
+def become_worker(queue: Any) -> None:
+    """Readies a process to train, quietly and on one thread."""
+    global PROGRESS
+    import datasets
+    import torch
+    import transformers
+
+    import hf_efx.low_rank  # noqa: F401
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # Matrices this small gain little from more threads, and lose much where these wait for a core that is busy.
+    torch.set_num_threads(1)
+    PROGRESS = queue
+
+
+def load_quietly(dataset: str | None, text_column: str, vocab_size: int) -> Any:
+    """The text as a corpus of blocks."""
+    from hf_efx.programs.causal_lm import DataOptions, load_corpus
+
+    become_worker(None)
+    return load_corpus(DataOptions(dataset, text_column, block_size=BLOCK, vocab_size=vocab_size))
+
+
 def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = ()) -> Any:
     """A trainer for one of `RUNS`; all start from the same dense weights and see the same batches."""
-    import tempfile
-
     from transformers import PrinterCallback
 
     from hf_efx import LowRankArguments, LowRankConfig
@@ -121,7 +159,7 @@ def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = (
         per_device_eval_batch_size=64,
         logging_steps=max(steps // 40, 1),
         eval_strategy="steps",
-        eval_steps=max(steps // 4, 1),
+        eval_steps=max(steps // 2, 1),  # the end is evaluated anyway
         seed=seed,
         disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -142,8 +180,38 @@ def steps_in(seconds: float, corpus: Any, seed: int) -> int:
     return max(int(seconds / (time.perf_counter() - start) * 30), 40)
 
 
-def train_all(corpus: Any, steps: int, seed: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Trains each of `RUNS` under a live progress bar; trainers and figures by name."""
+def train_one(name: str, corpus: Any, steps: int, seed: int, folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    """In a process of the pool: one of `RUNS`, saved with its logits for the check; its figures and its log."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import TrainerCallback
+
+    from hf_efx.low_rank.causal_lm import train_causal_lm
+
+    class Progress(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            PROGRESS.put((name, state.global_step, None))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                PROGRESS.put((name, state.global_step, f"loss {float(logs['loss']):.3f}"))
+
+    PROGRESS.put((name, 0, ""))
+    trainer = trainer_of(name, corpus, steps, seed, [Progress()])
+    row = train_causal_lm(trainer)
+    PROGRESS.put((name, steps, f"validation perplexity {row['eval_perplexity']:.2f}"))
+    model = trainer.model.eval().cpu()
+    model.save_pretrained(folder)
+    ids = torch.tensor(corpus.validation[:2]["input_ids"])
+    with torch.no_grad():
+        save_file({"input_ids": ids, "logits": model(input_ids=ids).logits}, folder / CHECK)
+    return row, trainer.state.log_history
+
+
+def train_all(
+    pool: ProcessPoolExecutor, queue: Any, corpus: Any, steps: int, seed: int, kept: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[Any]]]:
+    """Trains each of `RUNS` under a live progress bar; figures and logs by name, the models in folders of `kept`."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -152,40 +220,59 @@ def train_all(corpus: Any, steps: int, seed: int) -> tuple[dict[str, Any], dict[
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-    from transformers import TrainerCallback
-
-    from hf_efx.low_rank.causal_lm import train_causal_lm
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     text = (TextColumn("{task.description:14}"), TextColumn("{task.fields[note]}"))
-    trainers: dict[str, Any] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    with Progress(text[0], *columns, text[1], disable=not sys.stdout.isatty()) as progress:
+    with Progress(text[0], *columns, text[1], refresh_per_second=2) as progress:
         tasks = {name: progress.add_task(name, total=steps, start=False, note="") for name in RUNS}
-
-        class Bar(TrainerCallback):
-            def __init__(self, task: Any) -> None:
-                self.task = task
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                progress.update(self.task, completed=state.global_step)
-
-            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-                if "loss" in (logs or {}):
-                    progress.update(self.task, note=f"loss {float(logs['loss']):.3f}")
-
-        for name in RUNS:
-            trainers[name] = trainer_of(name, corpus, steps, seed, [Bar(tasks[name])])
-            progress.start_task(tasks[name])
-            rows[name] = train_causal_lm(trainers[name])
-            progress.update(tasks[name], note=f"validation perplexity {rows[name]['eval_perplexity']:.2f}")
-            progress.stop_task(tasks[name])
-            if not progress.console.is_terminal:  # a log file shows no bars
-                print(f"{name}: validation perplexity {rows[name]['eval_perplexity']:.2f}", flush=True)
+        # The dense run takes longest and goes first.
+        runs = {name: pool.submit(train_one, name, corpus, steps, seed, kept / name) for name in RUNS}
+        for name, step, note in reports(queue, runs):
+            if step == 0:
+                progress.start_task(tasks[name])
+            progress.update(tasks[name], completed=step, **({} if note is None else {"note": note}))
+            if note and note.startswith("validation"):
+                progress.stop_task(tasks[name])
+                if not progress.console.is_terminal:  # a log file shows no bars
+                    print(f"{name}: {note}", flush=True)
+    rows, logs = ({name: run.result()[i] for name, run in runs.items()} for i in (0, 1))
     dense, he = rows["dense"]["eval_perplexity"], rows["he"]["eval_perplexity"]
     for row in rows.values():
         row["gap_closed"] = (he - row["eval_perplexity"]) / (he - dense) if he != dense else math.nan
-    return trainers, rows
+    return rows, logs
+
+
+def reports(queue: Any, runs: dict[str, Future]) -> Iterator[tuple[str, int, str | None]]:
+    """What the processes report, until all runs are done; the error of a run that failed."""
+    while True:
+        done = [run for run in runs.values() if run.done()]
+        for run in done:
+            run.result()
+        try:
+            yield queue.get(timeout=0.2)
+        except Empty:
+            if len(done) == len(runs):
+                return
+
+
+def step_seconds(corpus: Any, seed: int) -> dict[str, float]:
+    """The median time of a training step of each of `RUNS`, in turn, with no other run beside them."""
+    from benchmarks.step_time import side_by_side
+
+    def step_of(name: str) -> Any:
+        trainer = trainer_of(name, corpus, 1, seed)
+        optimizer = trainer.create_optimizer()
+        batch = trainer.data_collator([corpus.train[i] for i in range(min(BATCH, len(corpus.train)))])
+
+        def step() -> None:
+            optimizer.zero_grad()
+            trainer.model(**batch).loss.backward()
+            optimizer.step()
+
+        return step
+
+    times = side_by_side({name: step_of(name) for name in RUNS}, TIMED_STEPS, "cpu", warm_up=2)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -215,20 +302,23 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def save(
-    folder: Path, model: Any, best: str, corpus: Any, rows: dict[str, dict[str, Any]], steps: int, seed: int
+    folder: Path,
+    best: str,
+    corpus: Any,
+    rows: dict[str, dict[str, Any]],
+    logs: dict[str, list[Any]],
+    steps: int,
+    seed: int,
 ) -> None:
-    """Checkpoint, tokenizer, card, results, and logits for the check."""
-    import torch
-    from safetensors.torch import save_file
+    """Tokenizer, plot, results and card beside the checkpoint."""
+    from transformers import AutoModelForCausalLM
 
     from hf_efx.core.results.evidence import public_command, write_results
-    from hf_efx.low_rank.train_gpt2 import write_causal_lm_card
+    from hf_efx.low_rank.train_gpt2 import plot_losses, write_causal_lm_card
 
-    model.eval().cpu().save_pretrained(folder)
     corpus.tokenizer.save_pretrained(folder)
-    ids = torch.tensor(corpus.validation[:2]["input_ids"])
-    with torch.no_grad():
-        save_file({"input_ids": ids, "logits": model(input_ids=ids).logits}, folder / CHECK)
+    plot_losses(logs, folder / PLOT)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     training = {
         "learning_rate": LEARNING_RATE,
         "steps": steps,
@@ -285,13 +375,14 @@ def check(folder: Path) -> None:
 
 
 def peak_memory() -> str:
-    """This process' peak memory as words, where the system tells it."""
+    """The peak memory of the largest process as words, where the system tells it."""
     try:
         import resource
     except ImportError:  # Windows
         return ""
     unit = 1 if sys.platform == "darwin" else 1024
-    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return f", peak memory of a process {peak * unit / 2**30:.1f} GiB"
 
 
 if __name__ == "__main__":
