@@ -48,7 +48,7 @@ NOTE = (
     "measures it over seeds."
 )
 PLOT, CHECK, RESULTS = "loss.png", "check.safetensors", "results.json"
-TIMED_STEPS = 12
+TIMED_STEPS = 10
 PROGRESS: Any = None  # in a process that trains: the queue of (run, step, note) that the first process shows
 
 
@@ -159,7 +159,7 @@ def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = (
         per_device_eval_batch_size=64,
         logging_steps=max(steps // 40, 1),
         eval_strategy="steps",
-        eval_steps=max(steps // 2, 1),  # the end is evaluated anyway
+        eval_steps=max(steps // 2, 1),
         seed=seed,
         disable_tqdm=True,
         dataloader_pin_memory=False,
