@@ -79,11 +79,11 @@ def get_efx_model(
         )
     if any(config.target_modules in (None, "all-linear") for config in methods):
         warn_of_experts(inner)
-    plans = _plan_all(inner, methods, pretrained)
+    plans, kept = _plan_all(inner, methods, pretrained), recorded_methods(inner)
     for config, plan in plans:
         config.apply(inner, plan)
     new = [{"method": c.method, "config": c.method_fields(), "modules": plan} for c, plan in plans]
-    write_record(inner, [*recorded_methods(inner), *new])
+    write_record(inner, [*kept, *new])
     hold_pruned(inner)
     return model
 

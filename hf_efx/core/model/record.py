@@ -218,7 +218,23 @@ def write_record(
         # weights joined that are factors here.
         model._weight_conversions = []  # pyright: ignore[reportArgumentType]
     elif getattr(holder, "quantization_config", None) == mark:
-        del holder.quantization_config, model._weight_conversions
+        del holder.quantization_config
+        model.__dict__.pop("_weight_conversions", None)
+    _guard_resizing(model)
+
+
+def _guard_resizing(model: Any) -> None:
+    """transformers would resize the input embeddings, and only then find no two-dimensional weight in the head."""
+    model.__dict__.pop("resize_token_embeddings", None)
+    if isinstance(head := model.get_output_embeddings(), nn.Module) and is_factorised(head):
+        model.__dict__["resize_token_embeddings"] = _refuse_resizing
+
+
+def _refuse_resizing(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "resize_token_embeddings: the output embeddings are factorised, and a row can't be added to factors. Call "
+        "hf_efx.merge_and_unload(model) first, and put the method on again afterwards."
+    )
 
 
 def _own_config(model: nn.Module, config: PreTrainedConfig) -> PreTrainedConfig:

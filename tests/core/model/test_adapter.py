@@ -11,8 +11,18 @@ import torch
 from accelerate import cpu_offload
 from matrix import ARCHITECTURES
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_efx import EfxConfig, LowRankConfig, default_targets, get_efx_model, merge_and_unload, unload
+from hf_efx import (
+    EfxConfig,
+    LowRankConfig,
+    SliceOutConfig,
+    TargetedDropoutConfig,
+    default_targets,
+    get_efx_model,
+    merge_and_unload,
+    unload,
+)
 from hf_efx.core.model.adapter import efx_record
 from hf_efx.low_rank.layers import FactorisedConv2d, FactorisedLinear
 
@@ -90,6 +100,27 @@ def test_targets_by_list_pattern_exclusion_and_layer() -> None:
 def test_output_embeddings_are_taken_where_they_are_named_and_not_tied() -> None:
     model = BY_NAME["llama"].build()
     assert plan(get_efx_model(model, LowRankConfig(rank=2, target_modules=["lm_head"]))) == ["lm_head"]
+
+
+def test_experts_that_no_method_reaches_are_named_with_their_share(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=8)
+    for method in (LowRankConfig(rank=2), SliceOutConfig(targets="attention"), TargetedDropoutConfig()):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "hf_efx"):
+            try:
+                get_efx_model(MixtralForCausalLM(config), method)
+            except ValueError as error:
+                assert method.method == "slice_out", error  # it doesn't know the architecture
+        # 8 * (2 * 64 * 32 + 32 * 64) of 56,736
+        assert caplog.text.count("MixtralForCausalLM holds 87% of its weights in three-dimensional parameters") == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "hf_efx"):
+        get_efx_model(MixtralForCausalLM(config), LowRankConfig(rank=2, target_modules=["q_proj"]))
+        get_efx_model(gpt2(), LowRankConfig(rank=2))
+    assert not caplog.text
+    with pytest.raises(ValueError, match=r"'gate_up_proj' is a parameter of shape \(8, 128, 32\), not a module"):
+        get_efx_model(MixtralForCausalLM(config), LowRankConfig(target_modules=["gate_up_proj"]))
 
 
 # --- what is refused, the model unharmed

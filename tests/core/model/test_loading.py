@@ -175,7 +175,7 @@ def test_config_json_is_as_documented(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "hf_efx"}
     assert config["efx"]["format_version"] == 1
-    assert entry(config)["method"] == "low_rank" and entry(config)["config"] == {"rank": 2}
+    assert entry(config)["method"] == "low_rank" and entry(config)["config"] == LowRankConfig(rank=2).method_fields()
     assert spec(config) == {"rank": 2, "shape": [96, 32], "blocks": 3}
     names = load_file(checkpoint / "model.safetensors").keys()
     assert all(f"{name}.{part}" in names for name in entry(config)["modules"] for part in ("weight", "factor_v"))
