@@ -197,7 +197,7 @@ def write_record(
     model: nn.Module, methods: list[dict[str, Any]], pruned: dict[str, dict[str, Any]] | None = None
 ) -> None:
     """Writes the methods, and the pruned modules, which None leaves as they are."""
-    pruned = (efx_record(model) or {}).get("pruned") if pruned is None else pruned
+    pruned = pruned_modules(model) if pruned is None else pruned
     model = _keeper(model)
     holder: Any = _record_holder(model)
     if holder is not model:
@@ -284,25 +284,40 @@ def hold_pruned(model: nn.Module) -> None:
         ValueError: If the record names modules that the model lacks.
     """
     model = _keeper(model)
-    pruned = (efx_record(model) or {}).get("pruned")
-    if pruned and not hasattr(model, "peft_config"):
-        hold(model, _pruned_for(model, pruned))
+    if not hasattr(model, "peft_config") and (flagged := _flagged(model)):
+        _hold(model, flagged)
 
 
 def mark_pruned(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
     """Writes into `config.efx` which modules are pruned (see pruned.py), and holds their zeros; {} ends both."""
     write_record(model, recorded_methods(model), modules)
-    hold(_keeper(model), modules)
+    _hold(_keeper(model), modules)
+
+
+def _hold(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+    from hf_efx.core.model.peft_guard import guard_adapters  # imports peft
+
+    hold(model, modules)
+    guard_adapters()
 
 
 def pruned_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The modules that `config.efx` says are pruned, under the names that they have in this model."""
-    return _pruned_for(_keeper(model), (efx_record(model) or {}).get("pruned") or {})
+    """The modules that `config.efx` says are pruned, under the names that they have in this model.
+
+    Those without a zero aren't: the config came from another model.
+    """
+    result = {}
+    for name, spec in _flagged(model).items():
+        weight: Any = _keeper(model).get_submodule(spec.get("follows", name)).weight
+        if weight.is_meta or bool((weight == 0).any()):
+            result[name] = spec
+    return result
 
 
-def _pruned_for(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    plan = {}
-    for name, spec in plan_for(model, pruned).items():
+def _flagged(model: nn.Module) -> dict[str, dict[str, Any]]:
+    model = _keeper(model)
+    result = {}
+    for name, spec in plan_for(model, (efx_record(model) or {}).get("pruned") or {}).items():
         follows = [("follows", next(iter(plan_for(model, {spec["follows"]: None}))))] if "follows" in spec else []
-        plan[name] = {**spec, **dict(follows)}
-    return plan
+        result[name] = {**spec, **dict(follows)}
+    return result

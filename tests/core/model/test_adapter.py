@@ -103,7 +103,7 @@ def test_output_embeddings_are_taken_where_they_are_named_and_not_tied() -> None
 
 
 def test_experts_that_no_method_reaches_are_named_with_their_share(caplog: pytest.LogCaptureFixture) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=8)
     for method in (LowRankConfig(rank=2), SliceOutConfig(targets="attention"), TargetedDropoutConfig()):
         caplog.clear()

@@ -14,7 +14,7 @@ from hf_efx import LowRankConfig, get_efx_model
 from hf_efx.core.model.pretrained import weights_were_loaded
 
 GPT2 = next(architecture for architecture in ARCHITECTURES if architecture.name == "gpt2")
-MLP = {"target_modules": ["c_fc"]}
+MLP: dict[str, Any] = {"target_modules": ["c_fc"]}
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from hf_efx.core.model.record import (
     efx_record,
     entry_config,
     foreign_methods,
+    mark_pruned,
+    pruned_modules,
     recorded_methods,
 )
 
@@ -145,6 +147,16 @@ def test_and_cleared(clear: Callable[[Any], Any], foreign: Any, tmp_path: Path) 
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in foreign.state_dict().items())
 
 
+def test_a_flag_of_zeros_reused_for_a_new_model_is_dropped() -> None:
+    model = GPT2.build()
+    model.transformer.h[0].mlp.c_fc.weight.data[0] = 0
+    mark_pruned(model, {"transformer.h.0.mlp.c_fc": {}})
+    fresh = type(model)(model.config)
+    assert efx_record(fresh) and not pruned_modules(fresh) and pruned_modules(model)
+    get_efx_model(fresh, LowRankConfig(rank=2, target_modules=["c_fc"]))  # of zeros it would be refused
+    assert "pruned" not in efx_record(fresh)  # pyright: ignore
+
+
 def test_a_record_without_some_fields_takes_today_s_defaults() -> None:
     model = get_efx_model(GPT2.build(), LowRankConfig(rank=2))
     fresh = GPT2.build()
@@ -155,8 +167,8 @@ def test_a_record_without_some_fields_takes_today_s_defaults() -> None:
 
 # --- composite configs
 
-TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
-VISION = {**TEXT, "image_size": 8, "patch_size": 4}
+TEXT: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+VISION: dict[str, Any] = {**TEXT, "image_size": 8, "patch_size": 4}
 VISION.pop("vocab_size")
 
 

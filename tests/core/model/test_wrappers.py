@@ -29,7 +29,7 @@ BATCH = {"input_ids": torch.arange(3, 11)[None]}
 
 def bert() -> BertModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64}
     return BertModel(BertConfig(num_hidden_layers=1, **sizes)).eval()
 
 
@@ -55,7 +55,8 @@ class Embedder(nn.Sequential):
         super().__init__(first, nn.Identity())
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        return self[0].auto_model(**batch).pooler_output
+        first: Any = self[0]
+        return first.auto_model(**batch).pooler_output
 
 
 WRAPPERS: dict[str, Callable[[], nn.Module]] = {
