@@ -61,7 +61,7 @@ def _check_injection(wrapped: Any, tuner: BaseTuner, args: Any, kwargs: Any) -> 
         config = _maybe_include_all_linear_layers(config, model)
         for name, kind in ours.items():
             reason = _unsafe(config, kind)
-            if reason and chooses(config, name):
+            if reason and _reaches(config, name):
                 raise ValueError(
                     f"{type(config).__name__}: {reason}, but layer {name!r} is {kind}. Put a plain LoRA there, leave "
                     f"it out of target_modules, or make the model plain first ("
@@ -74,17 +74,25 @@ def _injected(model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> tuple[
     return model, adapter_name
 
 
+def _reaches(config: Any, name: str) -> bool:
+    """Whether an adapter goes on a layer, or on its weight by itself."""
+    parameters = getattr(config, "target_parameters", None) or ()
+    named = getattr(config, "target_modules", None) is not None and chooses(config, name)
+    return named or any(f".{name}.weight".endswith(f".{parameter}") for parameter in parameters)
+
+
 def _unsafe(config: Any, kind: str) -> str | None:
     """What an adapter does with the weight that it may not do, None if nothing."""
+    method: str = config.peft_type.value
     start = getattr(config, "init_lora_weights", True)
-    if config.peft_type == "LORA" and start not in _LORA_STARTS:
+    if method == "LORA" and start not in _LORA_STARTS:
         return f"init_lora_weights={start!r} rewrites the layer's weight"
     if kind == "pruned":
         return None
     variant = next((name for name in _LORA_VARIANTS if getattr(config, name, None)), None)
-    if config.peft_type in _ON_FACTORS and variant is None:
+    if method in _ON_FACTORS and variant is None:
         return None
-    return f"{variant or config.peft_type.value} needs the layer's dense weight"
+    return f"{variant or method} needs the layer's dense weight"
 
 
 def _check_merge(wrapped: Any, tuner: BaseTuner, args: Any, kwargs: Any) -> None:

@@ -90,6 +90,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, dict[str, Any], str]] = {
         {"use_dora": True},
         r"use_dora needs",
     ),
+    "the weight by itself": (
+        factorised,
+        "LORA",
+        {"target_parameters": ["q_proj.weight"], "target_modules": []},
+        r"target_parameters needs",
+    ),
     "loha": (factorised, "LOHA", {}, r"LoHaConfig: LOHA needs the layer's dense weight.*merge_and_unload"),
     "hra": (factorised, "HRA", {}, r"HRA needs"),
     "all-linear": (factorised, "LOKR", {"target_modules": "all-linear"}, r"LOKR needs"),
