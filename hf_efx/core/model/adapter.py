@@ -201,8 +201,6 @@ def unload(model: ModelT) -> ModelT:
 
 def _refuse_foreign(model: nn.Module) -> None:
     """Raises where the whole model is in a state that no method may change."""
-    if any("_fsdp_wrapped_module" in name for name, _ in model.named_children()):
-        raise ValueError("The model is wrapped by FSDP, which holds its weights in shards: call this before.")
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"{type(model).__name__} already carries a peft adapter. Put hf_efx on first and the adapter on top, or "

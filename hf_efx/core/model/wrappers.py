@@ -29,8 +29,11 @@ def inner_model(model: nn.Module) -> Any:
     writes. A module without a transformers model in it is its own.
 
     Raises:
-        ValueError: For a module that holds several transformers models side by side: each has a record of its own.
+        ValueError: For a module that holds several transformers models side by side, each of which has a record of its
+            own, and for one that FSDP has wrapped.
     """
+    if any(name.endswith("_fsdp_wrapped_module") for name, _ in model.named_modules()):
+        raise ValueError("The model is wrapped by FSDP, which holds its weights in shards: call this before.")
     found = transformers_models(model)
     if len(found) > 1:
         raise ValueError(

@@ -81,7 +81,7 @@ def test_default_targets_of_a_plain_module() -> None:
 
 def test_targets_by_list_pattern_exclusion_and_layer() -> None:
     def targets(**fields: Any) -> list[str]:
-        names = plan(get_efx_model(gpt2(), LowRankConfig(rank=2, **fields)))
+        names = plan(get_efx_model(gpt2(), LowRankConfig(rank=2, init="he", **fields)))
         return [name.removeprefix("transformer.h.") for name in names]
 
     assert targets(target_modules=["c_fc"]) == ["0.mlp.c_fc", "1.mlp.c_fc"]
@@ -274,7 +274,7 @@ def test_restoring_without_a_record_is_refused() -> None:
 
 
 def test_takes_a_config_a_list_and_an_efx_config_alike() -> None:
-    config = LowRankConfig(rank=2)
+    config = LowRankConfig(rank=2, init="he")
     models = [get_efx_model(gpt2(), configs) for configs in (config, [config], EfxConfig([config]))]
     assert efx_record(models[0]) == efx_record(models[1]) == efx_record(models[2])
 

@@ -134,6 +134,14 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def test_a_model_that_fsdp_has_wrapped_is_refused() -> None:
+    model = nn.Module()
+    model._fsdp_wrapped_module = GPT2.build()  # as FullyShardedDataParallel names it, which needs an accelerator
+    for call in (lambda: get_efx_model(model, LowRankConfig(rank=2)), lambda: unload(model)):
+        with pytest.raises(ValueError, match="wrapped by FSDP"):
+            call()
+
+
 def test_parameters_that_ddp_reduces_are_not_replaced(process_group: None) -> None:
     model = nn.parallel.DistributedDataParallel(GPT2.build())
     with pytest.raises(ValueError, match="replaces parameters whose gradients DistributedDataParallel reduces"):
