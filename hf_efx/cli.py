@@ -150,7 +150,7 @@ def _plan(argv: Sequence[str]) -> int:
     from hf_efx.programs.command_line import OptionParser
     from hf_efx.programs.model_options import ModelOptions
 
-    logging.getLogger("hf_efx").setLevel(logging.ERROR)  # the table says which layers stay dense
+    logging.getLogger("hf_efx.low_rank").setLevel(logging.ERROR)  # the table says which layers stay dense
     parser = OptionParser((ModelOptions, PlanOptions), _load(method.config), "hf-efx plan", "What a config would do.")
     model_options, options, config = parser.read(argv)
     try:

@@ -156,9 +156,10 @@ def test_auto_refuses_what_it_cannot_read() -> None:
 
 
 def test_record_says_what_was_done() -> None:
-    model = get_efx_model(net((64, 32)), LowRankConfig(rank=0.25))
+    config = LowRankConfig(rank=0.25)
+    model = get_efx_model(net((64, 32)), config)
     modules = {"fc0": {"rank": 8, "shape": [32, 64]}}
     assert efx_record(model) == {
         "format_version": 1,
-        "methods": [{"method": "low_rank", "config": {}, "modules": modules}],
+        "methods": [{"method": "low_rank", "config": config.method_fields(), "modules": modules}],
     }

@@ -127,7 +127,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "no block of this name": (
         BY_NAME["gpt2"].build,
         {"target_modules": ["q_proj"]},
-        r"target_modules=\['q_proj'\].*choose no block.*transformer.h.0.attn.c_attn",
+        r"target_modules=\['q_proj'\]: 'q_proj' matches no module of GPT2LMHeadModel",
     ),
     "everything at rate 0": (BY_NAME["gpt2"].build, {"rate": 0.0}, r"rate=0.0.*choose no block"),
     "a pattern that matches nothing": (

@@ -59,11 +59,13 @@ def test_defaults_and_what_is_recorded() -> None:
         8,
     )
     assert (config.normalization, config.attention, config.final_dense_steps) == ("flow", "heads", 0)
-    assert config.method_fields() == {}
+    assert config.changed_fields() == {}
     assert SliceOutConfig(targets=["mlp"]) == SliceOutConfig(targets=("mlp",)) == SliceOutConfig(targets="mlp")
     fields = {"rate": {"mlp": 0.5}, "blocks": [{"kind": "mlp", "emits": ["a"], "reads": ["b"]}], "ramp_steps": 3}
-    recorded = SliceOutConfig(**fields).method_fields()
-    assert recorded == fields and SliceOutConfig(**json.loads(json.dumps(recorded))).method_fields() == recorded
+    config = SliceOutConfig(**fields)
+    recorded = config.method_fields()
+    assert config.changed_fields() == fields and recorded["align"] == 8
+    assert SliceOutConfig(**json.loads(json.dumps(recorded))).method_fields() == recorded
 
 
 def test_every_option_says_what_it_trades() -> None:

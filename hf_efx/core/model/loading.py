@@ -1,4 +1,4 @@
-"""The transformers plug-in behind from_pretrained (door 2), by its official quantizer registry.
+"""The transformers plug-in behind from_pretrained, by its official quantizer registry.
 
 Two cases come through here. A saved efx checkpoint: the skeleton is rewritten from `config.efx` before the weights
 load. A dense checkpoint with `quantization_config=EfxConfig([...])`: it loads as it is, then the methods go in. In
@@ -27,7 +27,7 @@ class EfxQuantizer(HfQuantizer):
     quantization_config: EfxConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses, before any file is read, configs that would discard the weights about to be loaded."""
+        """Refuses, before any weight is read, configs that would discard what is about to be loaded."""
         if not self.pre_quantized:
             for config in self.quantization_config.methods:
                 config.check_pretrained()

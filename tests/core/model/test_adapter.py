@@ -1,4 +1,4 @@
-"""Door 1: matching, refusing, swapping. What holds on every architecture stands in tests/test_matrix.py."""
+"""In memory: matching, refusing, swapping. What holds on every architecture stands in tests/test_matrix.py."""
 
 import copy
 import logging
@@ -11,8 +11,18 @@ import torch
 from accelerate import cpu_offload
 from matrix import ARCHITECTURES
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_efx import EfxConfig, LowRankConfig, default_targets, get_efx_model, merge_and_unload, unload
+from hf_efx import (
+    EfxConfig,
+    LowRankConfig,
+    SliceOutConfig,
+    TargetedDropoutConfig,
+    default_targets,
+    get_efx_model,
+    merge_and_unload,
+    unload,
+)
 from hf_efx.core.model.adapter import efx_record
 from hf_efx.low_rank.layers import FactorisedConv2d, FactorisedLinear
 
@@ -71,7 +81,7 @@ def test_default_targets_of_a_plain_module() -> None:
 
 def test_targets_by_list_pattern_exclusion_and_layer() -> None:
     def targets(**fields: Any) -> list[str]:
-        names = plan(get_efx_model(gpt2(), LowRankConfig(rank=2, **fields)))
+        names = plan(get_efx_model(gpt2(), LowRankConfig(rank=2, init="he", **fields)))
         return [name.removeprefix("transformer.h.") for name in names]
 
     assert targets(target_modules=["c_fc"]) == ["0.mlp.c_fc", "1.mlp.c_fc"]
@@ -90,6 +100,27 @@ def test_targets_by_list_pattern_exclusion_and_layer() -> None:
 def test_output_embeddings_are_taken_where_they_are_named_and_not_tied() -> None:
     model = BY_NAME["llama"].build()
     assert plan(get_efx_model(model, LowRankConfig(rank=2, target_modules=["lm_head"]))) == ["lm_head"]
+
+
+def test_experts_that_no_method_reaches_are_named_with_their_share(caplog: pytest.LogCaptureFixture) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=8)
+    for method in (LowRankConfig(rank=2), SliceOutConfig(targets="attention"), TargetedDropoutConfig()):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "hf_efx"):
+            try:
+                get_efx_model(MixtralForCausalLM(config), method)
+            except ValueError as error:
+                assert method.method == "slice_out", error  # it doesn't know the architecture
+        # 8 * (2 * 64 * 32 + 32 * 64) of 56,736
+        assert caplog.text.count("MixtralForCausalLM holds 87% of its weights in three-dimensional parameters") == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "hf_efx"):
+        get_efx_model(MixtralForCausalLM(config), LowRankConfig(rank=2, target_modules=["q_proj"]))
+        get_efx_model(gpt2(), LowRankConfig(rank=2))
+    assert not caplog.text
+    with pytest.raises(ValueError, match=r"'gate_up_proj' is a parameter of shape \(8, 128, 32\), not a module"):
+        get_efx_model(MixtralForCausalLM(config), LowRankConfig(target_modules=["gate_up_proj"]))
 
 
 # --- what is refused, the model unharmed
@@ -131,9 +162,9 @@ def patched() -> nn.Module:
 NAMED = {"target_modules": ["second"]}
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
-    "nothing matches": (gpt2, {"target_modules": ["q_proj"]}, r"target_modules=\['q_proj'\].*no module.*c_attn"),
+    "nothing matches": (gpt2, {"target_modules": ["q_proj"]}, r"=\['q_proj'\]: 'q_proj' matches no module.*c_proj"),
     "all excluded": (linears, {**NAMED, "exclude_modules": ["second"]}, r"exclude_modules=\['second'\].*matches no"),
-    "layer out of range": (gpt2, {"layers_to_transform": [9]}, r"layers_to_transform=\[9\].*matches no module"),
+    "layer out of range": (gpt2, {"layers_to_transform": [9]}, r"layers_to_transform=\[9\]: 9 matches no module"),
     "rank above both": (linears, {"rank": 9, **NAMED}, r"rank=9 is above min\(in, out\)=8.*'second'.*Lower"),
     "rank above a block": (gpt2, {"rank": 33}, r"rank=33 is above min\(in, out\)=32.*c_attn.*\[32, 32\]"),
     "rank_pattern above": (gpt2, {"rank": 2, "rank_pattern": {"c_fc": 40}}, r"rank=40 is above.*mlp.c_fc"),
@@ -243,7 +274,7 @@ def test_restoring_without_a_record_is_refused() -> None:
 
 
 def test_takes_a_config_a_list_and_an_efx_config_alike() -> None:
-    config = LowRankConfig(rank=2)
+    config = LowRankConfig(rank=2, init="he")
     models = [get_efx_model(gpt2(), configs) for configs in (config, [config], EfxConfig([config]))]
     assert efx_record(models[0]) == efx_record(models[1]) == efx_record(models[2])
 

@@ -1,4 +1,4 @@
-"""Door 2 where something is wrong. That it works on every architecture stands in tests/test_matrix.py."""
+"""from_pretrained where something is wrong. That it works on every architecture stands in tests/test_matrix.py."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from matrix import ARCHITECTURES, perturb
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_efx import EfxConfig, LowRankConfig, get_efx_model, merge_and_unload
@@ -175,7 +175,7 @@ def test_config_json_is_as_documented(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "hf_efx"}
     assert config["efx"]["format_version"] == 1
-    assert entry(config)["method"] == "low_rank" and entry(config)["config"] == {"rank": 2}
+    assert entry(config)["method"] == "low_rank" and entry(config)["config"] == LowRankConfig(rank=2).method_fields()
     assert spec(config) == {"rank": 2, "shape": [96, 32], "blocks": 3}
     names = load_file(checkpoint / "model.safetensors").keys()
     assert all(f"{name}.{part}" in names for name in entry(config)["modules"] for part in ("weight", "factor_v"))
@@ -208,6 +208,29 @@ def test_the_quantizer_takes_itself_off(checkpoint: Path) -> None:
         assert not hasattr(model, name)
     assert not hasattr(model.config, "_is_quantized")
     assert model.half().dtype == torch.float16 and model.float().dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["torch", "safetensors"])
+def test_a_state_dict_fits_the_same_structure_alone(form: str, checkpoint: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    file = tmp_path / "weights"
+    if form == "torch":
+        torch.save(model.state_dict(), file)
+    else:
+        save_model(model, str(file))
+
+    def load(into: Any) -> Any:
+        if form == "safetensors":
+            load_model(into, file, strict=False)
+        else:
+            into.load_state_dict(torch.load(file), strict=False)
+        return into
+
+    fresh = load(get_efx_model(GPT2.build(seed=1), LowRankConfig(rank=2)))
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
+    for other in (GPT2.build(), get_efx_model(GPT2.build(), LowRankConfig(rank=3))):
+        with pytest.raises(RuntimeError, match="size mismatch for transformer.h.0.attn.c_attn"):
+            load(other)
 
 
 def test_merged_model_leaves_nothing_behind(checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Door 3 beyond the matrix: registration, Auto classes, wrong input."""
+"""Through peft, beyond the matrix: registration, Auto classes, wrong input."""
 
 import json
 from collections.abc import Callable
@@ -114,7 +114,7 @@ def test_layers_that_would_not_get_smaller_get_no_adapter() -> None:
     assert [name.split("h.")[1] for name in named] == ["0.mlp.c_fc", "0.mlp.c_proj", "1.mlp.c_fc", "1.mlp.c_proj"]
 
 
-def test_layers_to_transform_holds_at_this_door_too() -> None:
+def test_layers_to_transform_holds_through_peft_too() -> None:
     model = peft.get_peft_model(GPT2.build(), LowRankConfig(rank=2, layers_to_transform=[1]))
     assert {name.split("h.")[1][0] for name, m in model.named_modules() if isinstance(m, LowRankAdapterLayer)} == {"1"}
     assert all(".h.1." in name for name in model.peft_config["default"].target_modules)  # pyright: ignore
