@@ -54,6 +54,14 @@ class EfxTrainerMixin(_Base):
     _resume_from: str | None = None
     _pending_metrics: dict[str, list[float]] | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(EfxTrainerMixin):
+            raise TypeError(
+                f"{cls.__name__} puts the Trainer before the mixin, which then does nothing: write "
+                f"class {cls.__name__}(EfxTrainerMixin, {cls.__mro__[1].__name__})."
+            )
+
     def train(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
@@ -67,17 +75,19 @@ class EfxTrainerMixin(_Base):
             **kwargs: Further arguments of `Trainer.train`.
 
         Raises:
-            ValueError: Before any work: no complete checkpoint, a named one that is torn, or a model with another
-                structure than the checkpoint's.
+            ValueError: Before any work: no complete checkpoint, a named one that is torn, a model with another
+                structure than the checkpoint's, or an optimizer of parameters that a method has replaced.
             CheckpointWriteError: If a checkpoint can't be written (an OSError).
             KeyboardInterrupt: Passed on, after a log line that says how to go on.
         """
         self._resume_from = self._resume_point(resume_from_checkpoint)
+        self._pending_metrics = None  # of a run that ended with an exception
         try:
             if self._resume_from is not None and self.model is not None and self.model_init is None:
                 self._match_structure(self.model, self._resume_from, fresh=self.optimizer is None)
             if self.model is not None:
                 self._hold_pruned(self.model)
+                self._check_optimizer(self.model)
             self._move_step_context()
             return super().train(self._resume_from, *args, **kwargs)
         except KeyboardInterrupt:
@@ -114,6 +124,19 @@ class EfxTrainerMixin(_Base):
             )
         hold_pruned(model)
 
+    def _check_optimizer(self, model: nn.Module) -> None:
+        """Refuses an optimizer that was made before a method gave the model other parameters."""
+        if self.optimizer is None or self.model_init is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        forgotten = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+        if forgotten and held - {id(p) for p in model.parameters()}:
+            raise ValueError(
+                f"The optimizer holds parameters that the model hasn't any more, and lacks {len(forgotten)} that it "
+                f"has, such as {forgotten[0]}: they would not be trained. Make it (optimizers=...) after the methods "
+                f"are on the model, or let a new Trainer make its own."
+            )
+
     def _move_step_context(self) -> None:
         """Adds the callback that the model's training-time methods need, unless one was passed."""
         present = self.model is not None and step_context(self.model) is not None
@@ -145,12 +168,18 @@ class EfxTrainerMixin(_Base):
                 checkpoint = None if step < 0 else os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
             if checkpoint is None:  # in transformers' words
                 raise ValueError(f"No valid checkpoint found in output directory ({output_dir})")
-            return checkpoint
+            resume = checkpoint
         reason = explain_incomplete(resume)
         if reason is not None:
             raise ValueError(
                 f"resume_from_checkpoint={os.fspath(resume)!r} is no complete checkpoint: {reason}. Name another one, "
                 f"or pass True for the newest complete one in output_dir={output_dir!r}."
+            )
+        if not any(Path(resume).glob("rng_state*.pth")):
+            logger.warning(
+                "%s has weights alone (save_only_model): the optimizer, its schedule and random numbers start "
+                "anew, so that the run won't end as it would have without a break.",
+                resume,
             )
         return os.fspath(resume)
 
@@ -308,7 +337,23 @@ class EfxTrainerMixin(_Base):
 
 
 class EfxTrainer(EfxTrainerMixin, Trainer):
-    """`transformers.Trainer` with everything of `EfxTrainerMixin`."""
+    """`transformers.Trainer` with everything of `EfxTrainerMixin`, and with its arguments.
+
+    Args:
+        model: A model, with methods of ours or without; or None, and `model_init`.
+        args: `EfxArguments`, or any `TrainingArguments`. None for defaults.
+        data_collator: Makes a batch of a list of examples.
+        train_dataset: What `train` trains on: a Dataset or an IterableDataset, of datasets or of torch.
+        eval_dataset: What `evaluate` takes: one, or several by name.
+        processing_class: Tokenizer, image or feature processor, saved with the model.
+        model_init: Makes the model at each `train`, methods included; what a hyperparameter search needs.
+        compute_loss_func: The loss of (outputs, labels, num_items_in_batch), instead of the model's own.
+        compute_metrics: Figures of an `EvalPrediction`, by name.
+        callbacks: Besides the Trainer's own.
+        optimizers: A ready optimizer and scheduler, made after methods were put on the model.
+        optimizer_cls_and_kwargs: A class and its arguments instead.
+        preprocess_logits_for_metrics: What `compute_metrics` gets of (logits, labels).
+    """
 
 
 def _structure(record: dict[str, Any] | None) -> list[Any]:
