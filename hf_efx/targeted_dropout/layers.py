@@ -51,12 +51,19 @@ class Dropping:
         return config.targeting * targeting, config.rate * rate
 
     def at_step_begin(self) -> None:
-        """Renews the candidates where it is time; after a checkpoint too, so that a resumed run has the same."""
+        """Renews the candidates where it is time."""
         if self.config.selection == "random" or self.config.rate == 0:
             return
-        step = self.context.step
-        if not self.spared or step % self.config.refresh_every == 0 or step == self.context.saved_at:
+        if not self.spared or self.context.step % self.config.refresh_every == 0:
             self.refresh()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The candidates, for a checkpoint; none where the next step renews them."""
+        return {} if (self.context.step + 1) % self.config.refresh_every == 0 else self.spared
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes a checkpoint's candidates."""
+        self.spared = state
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -17,7 +17,6 @@ import torch
 from huggingface_hub import EvalResult
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -29,6 +28,7 @@ from hf_efx.core.results.card import write_model_card
 from hf_efx.core.training.arguments import EfxArgumentsMixin
 from hf_efx.core.training.checkpoints import explain_incomplete, explained_write_errors, last_complete_checkpoint
 from hf_efx.core.training.step_context import StepContextCallback, step_context
+from hf_efx.core.training.weights import load_weights
 from hf_efx.registry import METHODS
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,14 @@ class EfxTrainerMixin(_Base):
     _resume_from: str | None = None
     _pending_metrics: dict[str, list[float]] | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(EfxTrainerMixin):
+            raise TypeError(
+                f"{cls.__name__} puts the Trainer before the mixin, which then does nothing: write "
+                f"class {cls.__name__}(EfxTrainerMixin, {cls.__mro__[1].__name__})."
+            )
+
     def train(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
@@ -67,18 +75,20 @@ class EfxTrainerMixin(_Base):
             **kwargs: Further arguments of `Trainer.train`.
 
         Raises:
-            ValueError: Before any work: no complete checkpoint, a named one that is torn, or a model with another
-                structure than the checkpoint's.
+            ValueError: Before any work: no complete checkpoint, a named one that is torn, a model with another
+                structure than the checkpoint's, or an optimizer of parameters that a method has replaced.
             CheckpointWriteError: If a checkpoint can't be written (an OSError).
             KeyboardInterrupt: Passed on, after a log line that says how to go on.
         """
         self._resume_from = self._resume_point(resume_from_checkpoint)
+        self._pending_metrics = None  # of a run that ended with an exception
         try:
             if self._resume_from is not None and self.model is not None and self.model_init is None:
                 self._match_structure(self.model, self._resume_from, fresh=self.optimizer is None)
             if self.model is not None:
                 refuse_foreign_methods(self.model)
                 self._hold_pruned(self.model)
+                self._check_optimizer(self.model)
             self._move_step_context()
             return super().train(self._resume_from, *args, **kwargs)
         except KeyboardInterrupt:
@@ -115,6 +125,19 @@ class EfxTrainerMixin(_Base):
             )
         hold_pruned(model)
 
+    def _check_optimizer(self, model: nn.Module) -> None:
+        """Refuses an optimizer that was made before a method gave the model other parameters."""
+        if self.optimizer is None or self.model_init is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        forgotten = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+        if forgotten and held - {id(p) for p in model.parameters()}:
+            raise ValueError(
+                f"The optimizer holds parameters that the model hasn't any more, and lacks {len(forgotten)} that it "
+                f"has, such as {forgotten[0]}: they would not be trained. Make it (optimizers=...) after the methods "
+                f"are on the model, or let a new Trainer make its own."
+            )
+
     def _move_step_context(self) -> None:
         """Adds the callback that the model's training-time methods need, unless one was passed."""
         present = self.model is not None and step_context(self.model) is not None
@@ -125,9 +148,13 @@ class EfxTrainerMixin(_Base):
                 "hf_efx.get_efx_model(model) first to go on with it, or hf_efx.unload(model) to silence this.",
                 ", ".join(resting),
             )
-        passed = any(isinstance(callback, StepContextCallback) for callback in self.callback_handler.callbacks)
-        if (present or self.model_init is not None) and not passed:
+        if (present or self.model_init is not None) and not self._step_context_callbacks():
             self.add_callback(StepContextCallback())
+        for callback in self._step_context_callbacks():
+            callback.checkpoint, callback.saves = self._resume_from, False
+
+    def _step_context_callbacks(self) -> list[StepContextCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StepContextCallback)]
 
     def _resume_point(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
         if resume is None or resume is False:
@@ -142,12 +169,18 @@ class EfxTrainerMixin(_Base):
                 checkpoint = None if step < 0 else os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
             if checkpoint is None:  # in transformers' words
                 raise ValueError(f"No valid checkpoint found in output directory ({output_dir})")
-            return checkpoint
+            resume = checkpoint
         reason = explain_incomplete(resume)
         if reason is not None:
             raise ValueError(
                 f"resume_from_checkpoint={os.fspath(resume)!r} is no complete checkpoint: {reason}. Name another one, "
                 f"or pass True for the newest complete one in output_dir={output_dir!r}."
+            )
+        if not any(Path(resume).glob("rng_state*.pth")):
+            logger.warning(
+                "%s has weights alone (save_only_model): the optimizer, its schedule and random numbers start "
+                "anew, so that the run won't end as it would have without a break.",
+                resume,
             )
         return os.fspath(resume)
 
@@ -186,16 +219,25 @@ class EfxTrainerMixin(_Base):
         logger.info("Rebuilt the model with %s, as %s has it.", _methods(record), checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Loads a checkpoint's weights, those too that transformers saved under an older layout's names (ViT, DINOv2).
-
-        The Trainer by itself only warns of keys that it misses there, and trains on from random layers.
-        """
-        target: Any = self.model if model is None else model
-        whole = isinstance(target, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-        if not whole or revert_weight_conversion(target, target.state_dict()).keys() == target.state_dict().keys():
+        """Loads all of a checkpoint's weights, whatever layout they were saved under, or raises."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        loaded = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(loaded.state_dict())
+        target = self.model if model is None else model
+        load_weights(self.accelerator.unwrap_model(target, keep_torch_compile=False), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """The same of the best checkpoint, at the end."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        logger.info("Loading the best model, %s: %s.", self.state.best_model_checkpoint, self.state.best_metric)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch, unless the run is finished: resumed, transformers' own Trainer would train one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _log_interruption(self) -> None:
         if not self.is_world_process_zero():
@@ -214,6 +256,9 @@ class EfxTrainerMixin(_Base):
                 # A folder of an earlier run that is written over would look whole while new and old files are mixed.
                 folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")
                 (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                context = step_context(self.model)  # pyright: ignore[reportArgumentType]
+                if context is not None:
+                    context.save(folder)
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -248,9 +293,8 @@ class EfxTrainerMixin(_Base):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs figures as `Trainer.log` does, and in a training log (not an evaluation's) those of `add_metrics`."""
         if "loss" in logs or "train_loss" in logs:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, StepContextCallback):
-                    self.add_metrics(callback.metrics())
+            for callback in self._step_context_callbacks():
+                self.add_metrics(callback.metrics())
         if self._pending_metrics and ("loss" in logs or "train_loss" in logs):
             means = {name: sum(values) / len(values) for name, values in self._pending_metrics.items()}
             # In place, as the Trainer adds to its logs itself: the summary's dict goes on to the TrainOutput.
@@ -294,7 +338,23 @@ class EfxTrainerMixin(_Base):
 
 
 class EfxTrainer(EfxTrainerMixin, Trainer):
-    """`transformers.Trainer` with everything of `EfxTrainerMixin`."""
+    """`transformers.Trainer` with everything of `EfxTrainerMixin`, and with its arguments.
+
+    Args:
+        model: A model, with methods of ours or without; or None, and `model_init`.
+        args: `EfxArguments`, or any `TrainingArguments`. None for defaults.
+        data_collator: Makes a batch of a list of examples.
+        train_dataset: What `train` trains on: a Dataset or an IterableDataset, of datasets or of torch.
+        eval_dataset: What `evaluate` takes: one, or several by name.
+        processing_class: Tokenizer, image or feature processor, saved with the model.
+        model_init: Makes the model at each `train`, methods included; what a hyperparameter search needs.
+        compute_loss_func: The loss of (outputs, labels, num_items_in_batch), instead of the model's own.
+        compute_metrics: Figures of an `EvalPrediction`, by name.
+        callbacks: Besides the Trainer's own.
+        optimizers: A ready optimizer and scheduler, made after methods were put on the model.
+        optimizer_cls_and_kwargs: A class and its arguments instead.
+        preprocess_logits_for_metrics: What `compute_metrics` gets of (logits, labels).
+    """
 
 
 def _structure(record: dict[str, Any] | None) -> list[Any]:
