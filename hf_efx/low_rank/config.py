@@ -79,9 +79,19 @@ class LowRankConfig(EfxMethodConfig):
         default=True,
         metadata={"help": "Leave a layer dense where its factors would hold no fewer parameters than its weight."},
     )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Through peft, which freezes the model: modules that are trained and saved whole beside the "
+            "factors, such as a new head (peft adds a classifier's own). In memory and while loading all modules are; "
+            "there these only stay dense."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # A file of peft's says the type: what is built from it gets its factors from the file beside it.
+        self.from_file = self.peft_type is not None
         self.peft_type = EfxType.EFX_LOW_RANK  # pyright: ignore[reportAttributeAccessIssue]
         if self.rank != "auto":
             _check_rank("rank", self.rank)

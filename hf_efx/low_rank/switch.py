@@ -1,4 +1,4 @@
-"""The switch from dense to factorised inside a run: what becomes of the optimiser's state.
+"""The switch from dense to factorised inside a run: what becomes of the optimiser's state and the schedule.
 
 With W = U Vᵀ and G = dL/dW, the chain rule gives dL/dU = G V and dL/dV = Gᵀ U. First moments are linear in the
 gradient and follow it exactly, as long as the factors stand still. Second moments E[G²] follow as E[(G V)²] ≈ E[G²]
@@ -6,16 +6,32 @@ V², which holds for uncorrelated entries of G.
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from hf_efx.low_rank.arguments import LowRankArgumentsMixin
 from hf_efx.low_rank.layers import FactorisedLayer
 
 logger = logging.getLogger(__name__)
 
-LINEAR_MOMENTS = ("exp_avg", "momentum_buffer")
-SQUARED_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+LINEAR_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg")
+SQUARED_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+# Optimisers whose states are these moments.
+PROJECTED_OPTIMIZERS = (
+    torch.optim.Adam,  # AdamW too
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+)
 
 State = dict[str, Any]
 
@@ -93,22 +109,138 @@ def convert_optimizer_state(
     Returns:
         A state dict that the new optimiser loads. Parameters that the switch didn't touch keep their state.
     """
-    index = dict(_indexed(dense, dense_names))
-    states = {name: dense["state"].get(i, {}) for name, i in index.items()}
+    states = {name: dense["state"].get(i, {}) for name, i in _indexed(dense, dense_names)}
     for name, layer in layers.items():
         states[f"{name}.weight"], states[f"{name}.factor_v"] = factor_states(
             states.get(f"{name}.weight", {}), layer, mode
         )
     groups = []
-    for old, new in zip(dense["param_groups"], fresh["param_groups"], strict=True):
+    for source, new in zip(group_sources(dense_names, fresh_names), fresh["param_groups"], strict=True):
+        old = dense["param_groups"][source]
         rates = {key: old[key] * learning_rate_scale for key in ("lr", "initial_lr") if key in old}
         groups.append({**old, **rates, "weight_decay": new.get("weight_decay", 0.0), "params": new["params"]})
-    return {
-        "state": {i: states[name] for name, i in _indexed(fresh, fresh_names) if states.get(name)},
-        "param_groups": groups,
-    }
+    # Some optimisers (Adagrad) make their states at the start: those that begin anew keep theirs.
+    begun = [(i, states.get(name) or fresh["state"].get(i)) for name, i in _indexed(fresh, fresh_names)]
+    return {"state": {i: state for i, state in begun if state}, "param_groups": groups}
+
+
+def group_sources(dense_names: list[list[str]], fresh_names: list[list[str]]) -> list[int]:
+    """For each of the new optimiser's groups the index of the former one whose settings it takes.
+
+    Groups go by their position. Where there are more or fewer than before, as in a `create_optimizer` of one's own
+    with a group a parameter, each goes by its first parameter; `factor_v` was part of `weight`.
+    """
+    if len(dense_names) == len(fresh_names):
+        return list(range(len(fresh_names)))
+    home = {name: i for i, names in enumerate(dense_names) for name in names}
+    return [home[names[0].replace(".factor_v", ".weight")] if names else 0 for names in fresh_names]
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """Names of the parameters in each of an optimiser's groups; "0", "1", ... for those that aren't the model's."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+    names.update({id(p): str(i) for i, p in enumerate(foreign)})
+    return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def convert_checkpoint(
+    folder: Path,
+    dense_names: list[list[str]],
+    fresh: dict[str, Any],
+    fresh_names: list[list[str]],
+    layers: dict[str, FactorisedLayer],
+    options: LowRankArgumentsMixin,
+) -> None:
+    """Converts the optimiser's, the schedule's and the Trainer's state in a copy of a dense checkpoint, in place.
+
+    Args:
+        folder: The copy.
+        dense_names: As in `convert_optimizer_state`, like the three that follow.
+        fresh: See there.
+        fresh_names: See there.
+        layers: See there.
+        options: How: `switch_optimizer_state` and `switch_learning_rate_scale`.
+    """
+    scale = options.switch_learning_rate_scale
+    state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+    converted = convert_optimizer_state(
+        *(state, dense_names, fresh, fresh_names, layers),
+        mode=options.switch_optimizer_state,
+        learning_rate_scale=scale,
+    )
+    torch.save(converted, folder / OPTIMIZER_NAME)
+    schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+    sources = group_sources(dense_names, fresh_names)
+    for key, value in schedule.items():
+        if isinstance(value, list) and len(value) == len(dense_names):  # one for each group
+            schedule[key] = [value[source] for source in sources]
+            if key in ("base_lrs", "_last_lr"):
+                schedule[key] = [rate * scale for rate in schedule[key]]
+    torch.save(schedule, folder / SCHEDULER_NAME)
+    trainer_state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    # A dense best checkpoint can't be loaded into the factorised model at the end.
+    trainer_state.best_metric = trainer_state.best_model_checkpoint = trainer_state.best_global_step = None
+    trainer_state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
 
 def _indexed(state_dict: dict[str, Any], names: list[list[str]]) -> list[tuple[str, int]]:
     groups = zip(state_dict["param_groups"], names, strict=True)
     return [pair for group, group_names in groups for pair in zip(group_names, group["params"], strict=True)]
+
+
+class StopAtSwitch(TrainerCallback):
+    """Saves and stops a dense run at the switch, and refuses at its start what could not go on from there.
+
+    Args:
+        step: Optimiser step of the switch.
+        options: How the optimiser and the schedule go on.
+    """
+
+    def __init__(self, step: int, options: LowRankArgumentsMixin) -> None:
+        self.step, self.options = step, options
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises ValueError for a length, an optimizer, a schedule or a loader that the switch can't work with."""
+        where = f"dense_warmup_steps={self.step}"
+        if state.max_steps <= self.step:
+            raise ValueError(
+                f"{where} leaves no factorised step of the run's {state.max_steps}: lower it, or train longer."
+            )
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # inside accelerate's wrapper
+        name, mode = type(optimizer).__name__, self.options.switch_optimizer_state
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in kwargs["model"].parameters() if p.requires_grad):
+            raise ValueError(
+                f"{where}: the optimizer {name} (optim={str(args.optim)!r}) steps layer by layer, outside of the "
+                f"optimizer that a checkpoint saves. Choose another optim, or factorise from the start."
+            )
+        if mode == "project" and not isinstance(optimizer, PROJECTED_OPTIMIZERS):
+            raise ValueError(
+                f"switch_optimizer_state={mode!r}: how the states of {name} (optim={str(args.optim)!r}) project onto "
+                f"factors isn't known. Pass switch_optimizer_state='reset', or choose AdamW, SGD or another of "
+                f"torch's with moments of the gradient's shape."
+            )
+        scheduler, scale = kwargs["lr_scheduler"], self.options.switch_learning_rate_scale
+        if scale != 1 and not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"switch_learning_rate_scale={scale}: a {type(scheduler).__name__} sets rates by a state of its own, "
+                f"so that they can't be scaled. Leave it at 1, or choose a schedule that is a function of the step "
+                f"(lr_scheduler_type='linear', 'cosine', ...)."
+            )
+        if not isinstance(kwargs["train_dataloader"], DataLoader) and not args.ignore_data_skip:
+            raise ValueError(
+                f"{where}: get_train_dataloader gives a {type(kwargs['train_dataloader']).__name__}, in which the "
+                f"Trainer can't find its place again after the switch. Return a torch DataLoader, or factorise from "
+                f"the start."
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Saves and stops at the step."""
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+        return control

@@ -11,7 +11,7 @@ from matrix import ARCHITECTURES
 from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from two_processes import Kill, losses
 
-from hf_efx import DenseWarmupCallback, LowRankArguments, LowRankConfig, LowRankTrainer, get_efx_model
+from hf_efx import LowRankArguments, LowRankConfig, LowRankTrainer, get_efx_model
 from hf_efx.core.model.adapter import efx_record
 from hf_efx.low_rank.arguments import LowRankArgumentsMixin
 from hf_efx.low_rank.decay import factorised_layers
@@ -101,7 +101,7 @@ def test_killed_while_it_switches_it_resumes_bit_for_bit(
 ) -> None:
     killed = trainer(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("hf_efx.low_rank.trainer.convert_optimizer_state", _interrupt)
+        patch.setattr("hf_efx.low_rank.switch.convert_optimizer_state", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             killed.train()
     assert (tmp_path / f"checkpoint-{SWITCH}").is_dir()
@@ -154,20 +154,6 @@ def test_low_rank_switch_changes_the_loss(whole: LowRankTrainer, tmp_path: Path)
     full = run(tmp_path, config=LowRankConfig(**FULL))
     assert losses(whole)[:SWITCH] == losses(full)[:SWITCH]
     assert abs(losses(whole)[SWITCH] - losses(full)[SWITCH]) > 1e-4
-
-
-@pytest.mark.parametrize("optimizer_state", ["project", "reset"])
-def test_callback_gives_the_same_trace_in_any_trainer(optimizer_state: str, tmp_path: Path) -> None:
-    ours = run(
-        tmp_path / "trainer", switch_optimizer_state=optimizer_state, switch_learning_rate_scale=0.5, save_steps=100
-    )
-    callback = DenseWarmupCallback(LowRankConfig(), SWITCH, optimizer_state, learning_rate_scale=0.5)
-    options = arguments(tmp_path / "callback", TrainingArguments, save_strategy="no")
-    plain = Trainer(build(), options, train_dataset=DATA, callbacks=[callback])  # pyright: ignore
-    plain.train()
-    assert losses(plain) == losses(ours)  # pyright: ignore
-    assert rates(plain) == pytest.approx(rates(ours), rel=1e-12)
-    assert all(torch.equal(value, state(ours)[key]) for key, value in state(plain).items())
 
 
 def rates(run: Trainer) -> list[float]:
@@ -311,7 +297,7 @@ def test_contradictions_are_refused_at_once(tmp_path: Path) -> None:
     refused("dense_warmup_steps=5 needs low_rank_config", lambda: LowRankTrainer(build(), no_config))
     refused("init='he' discards the pretrained", lambda: trainer(tmp_path, config=LowRankConfig(init="he")))
     refused("save_only_model=True is refused", lambda: trainer(tmp_path, save_only_model=True))
-    refused("a ready one can't be passed in `optimizers`", with_optimizer)
+    refused("ready ones can't be passed in `optimizers`", with_optimizer)
     refused("dense_warmup_steps=5.*carries hf_efx methods already", lambda: trainer(tmp_path, model=factorised))
 
 
@@ -348,18 +334,3 @@ def test_options_parse_from_the_command_line(tmp_path: Path) -> None:
     words = f"--output_dir {tmp_path} --dense_warmup_steps 7 --factor_decay 0.5 --factor_decay_decoupled false"
     (parsed,) = HfArgumentParser(LowRankArguments).parse_args_into_dataclasses(words.split())  # pyright: ignore
     assert (parsed.dense_warmup_steps, parsed.factor_decay, parsed.factor_decay_decoupled) == (7, 0.5, False)
-
-
-def test_callback_refuses_what_it_cannot_do() -> None:
-    def begin(**changed: int) -> Callable[[], None]:
-        values = {"world_size": 1, "global_step": 0, **changed}
-        args, state = (type("Fake", (), values)() for _ in range(2))
-        callback: Any = DenseWarmupCallback(LowRankConfig(), 5)
-        return lambda: callback.on_train_begin(args, state, None)
-
-    begin()()
-    begin(global_step=5)()
-    refused("one process and no resume past its step.*world_size=2.*Use LowRankTrainer", begin(world_size=2))
-    refused("global_step=6, steps=5", begin(global_step=6))
-    refused("init='spectral_ones' discards", lambda: DenseWarmupCallback(LowRankConfig(init="spectral_ones"), 5))
-    refused("dense_warmup_steps=-5", lambda: DenseWarmupCallback(LowRankConfig(), -5))
