@@ -15,8 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 
 from hf_efx.low_rank.arguments import LowRankArgumentsMixin
+from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.layers import FactorisedLayer
 
 logger = logging.getLogger(__name__)
@@ -195,33 +197,49 @@ class StopAtSwitch(TrainerCallback):
     Args:
         step: Optimiser step of the switch.
         options: How the optimiser and the schedule go on.
+        config: How the model is factorised then.
     """
 
-    def __init__(self, step: int, options: LowRankArgumentsMixin) -> None:
-        self.step, self.options = step, options
+    def __init__(self, step: int, options: LowRankArgumentsMixin, config: LowRankConfig) -> None:
+        self.step, self.options, self.config = step, options, config
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raises ValueError for a length, an optimizer, a schedule or a loader that the switch can't work with."""
+        """Raises ValueError for what the switch can't work with."""
+        self._check_run(args, state, kwargs["train_dataloader"])
+        self._check_optimizer(args, kwargs)
+        targets = self.config.match(kwargs["model"])
+        if self.config.rank != "auto":  # which reads weights that aren't trained yet
+            self.config.plan(kwargs["model"], targets, pretrained=True)
+
+    def _check_run(self, args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> None:
         where = f"dense_warmup_steps={self.step}"
         if state.max_steps <= self.step:
             raise ValueError(
                 f"{where} leaves no factorised step of the run's {state.max_steps}: lower it, or train longer."
             )
+        if not isinstance(train_dataloader, DataLoader) and not args.ignore_data_skip:
+            raise ValueError(
+                f"{where}: get_train_dataloader gives a {type(train_dataloader).__name__}, in which the Trainer can't "
+                f"find its place again after the switch. Return a torch DataLoader, or factorise from the start."
+            )
+
+    def _check_optimizer(self, args: TrainingArguments, kwargs: dict[str, Any]) -> None:
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # inside accelerate's wrapper
-        name, mode = type(optimizer).__name__, self.options.switch_optimizer_state
+        name = f"{type(optimizer).__name__} (optim={OptimizerNames(args.optim).value!r})"
+        mode = self.options.switch_optimizer_state
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in kwargs["model"].parameters() if p.requires_grad):
             raise ValueError(
-                f"{where}: the optimizer {name} (optim={str(args.optim)!r}) steps layer by layer, outside of the "
-                f"optimizer that a checkpoint saves. Choose another optim, or factorise from the start."
+                f"dense_warmup_steps={self.step}: {name} steps layer by layer, outside of the optimizer that a "
+                f"checkpoint saves. Choose another optim, or factorise from the start."
             )
         if mode == "project" and not isinstance(optimizer, PROJECTED_OPTIMIZERS):
             raise ValueError(
-                f"switch_optimizer_state={mode!r}: how the states of {name} (optim={str(args.optim)!r}) project onto "
-                f"factors isn't known. Pass switch_optimizer_state='reset', or choose AdamW, SGD or another of "
-                f"torch's with moments of the gradient's shape."
+                f"switch_optimizer_state={mode!r}: how the states of {name} project onto factors isn't known. Pass "
+                f"switch_optimizer_state='reset', or choose AdamW, SGD or another of torch's with moments of the "
+                f"gradient's shape."
             )
         scheduler, scale = kwargs["lr_scheduler"], self.options.switch_learning_rate_scale
         if scale != 1 and not isinstance(scheduler, LambdaLR):
@@ -230,12 +248,6 @@ class StopAtSwitch(TrainerCallback):
                 f"so that they can't be scaled. Leave it at 1, or choose a schedule that is a function of the step "
                 f"(lr_scheduler_type='linear', 'cosine', ...)."
             )
-        if not isinstance(kwargs["train_dataloader"], DataLoader) and not args.ignore_data_skip:
-            raise ValueError(
-                f"{where}: get_train_dataloader gives a {type(kwargs['train_dataloader']).__name__}, in which the "
-                f"Trainer can't find its place again after the switch. Return a torch DataLoader, or factorise from "
-                f"the start."
-            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -243,4 +255,12 @@ class StopAtSwitch(TrainerCallback):
         """Saves and stops at the step."""
         if state.global_step == self.step:
             control.should_save = control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Keeps an epoch that the switch breaks off from being logged, evaluated and saved as a whole one."""
+        if state.global_step == self.step and state.epoch is not None and not state.epoch.is_integer():
+            control.should_log = control.should_evaluate = control.should_save = False
         return control

@@ -6,7 +6,6 @@ there as from any checkpoint. So model, optimiser, DDP and compiled graphs are b
 every rank has the same factors, and a run that is killed before, at or after the switch resumes exactly.
 """
 
-import gc
 import json
 import logging
 import os
@@ -53,6 +52,9 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         ValueError: If the options contradict each other or the model: here, or before the first step.
     """
 
+    _given_optimizer = False
+    _decay: FactorDecayCallback | None = None
+
     def __init__(self, *args: Any, low_rank_config: LowRankConfig | None = None, **kwargs: Any) -> None:
         self.low_rank_config = low_rank_config  # before the Trainer's own, which calls model_init
         super().__init__(*args, **kwargs)
@@ -85,7 +87,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             entry = _low_rank_entry(efx_record(model))
             if entry is not None:
                 self._check_same_config(entry, "the model")
-            elif getattr(self, "_given_optimizer", False):
+            elif self._given_optimizer:
                 raise ValueError(
                     "optimizers holds the dense weights, which low_rank_config replaces by factors. Call "
                     "get_efx_model(model, low_rank_config) first and make the optimizer then, or choose it by "
@@ -93,7 +95,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
                 )
             else:
                 get_efx_model(model, self.low_rank_config)
-                if model is getattr(self, "model", None) and self.optimizer is not None:  # of a run that began dense
+                if model is self.model and self.optimizer is not None:  # of a run that began dense
                     self._release_dense()
         elif self._options.log_factor_metrics and not factorised_layers(model):
             raise ValueError("log_factor_metrics=True: the model has no factorised layer. Pass low_rank_config.")
@@ -115,7 +117,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             )
         if self.args.save_only_model:
             raise ValueError(f"{where}: the switch stands on a whole checkpoint, so save_only_model=True is refused.")
-        if getattr(self, "_given_optimizer", False):
+        if self._given_optimizer:
             raise ValueError(
                 f"{where}: the switch makes a new optimizer and schedule, so ready ones can't be passed in "
                 f"`optimizers`. Choose them by args.optim or optimizer_cls_and_kwargs, and args.lr_scheduler_type."
@@ -125,9 +127,6 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
                 f"{where}: the switch reads whole parameters and optimizer states, which FSDP and DeepSpeed shard. "
                 f"Use DDP or one process, or factorise from the start (dense_warmup_steps=0)."
             )
-        targets = config.match(model)
-        if config.rank != "auto":  # that one reads weights which aren't trained yet
-            config.plan(model, targets, pretrained=True)
 
     def _check_same_config(self, entry: dict[str, Any], where: str) -> None:
         """Refuses a structure that another config than the Trainer's has led to."""
@@ -200,10 +199,10 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             self._check_resume(checkpoint, entry)
         if entry is None and self.model_init is None:
             self._prepare_structure(self.model)  # pyright: ignore[reportArgumentType]
-        with self._callbacks(*self._decay_callbacks()):
-            if entry is not None or not self._options.dense_warmup_steps:
-                return super().train(checkpoint, trial, ignore_keys_for_eval)
-            return self._train_and_switch(checkpoint, trial, ignore_keys_for_eval)
+        self._set_factor_decay()
+        if entry is not None or not self._options.dense_warmup_steps:
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+        return self._train_and_switch(checkpoint, trial, ignore_keys_for_eval)
 
     def _train_and_switch(self, checkpoint: str | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
         switch = self._options.dense_warmup_steps
@@ -229,37 +228,36 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             if self.args.should_save:
                 shutil.rmtree(staged, ignore_errors=True)
 
-    def _decay_callbacks(self) -> list[TrainerCallback]:
+    def _set_factor_decay(self) -> None:
+        """Puts the decay that the options ask for in place of a former run's."""
         options = self._options
+        if self._decay is not None:
+            self.remove_callback(self._decay)  # pyright: ignore[reportArgumentType]
+            self._decay = None
         if not options.factor_decay:
-            return []
+            return
         if any(isinstance(callback, FactorDecayCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
                 f"factor_decay={options.factor_decay} and a FactorDecayCallback in `callbacks` would both decay the "
                 f"factors: keep one of them."
             )
-        return [FactorDecayCallback(options.factor_decay, options.factor_decay_kind, options.factor_decay_decoupled)]
-
-    @contextmanager
-    def _callbacks(self, *callbacks: TrainerCallback) -> Iterator[None]:
-        """Adds callbacks for as long as the context lasts."""
-        for callback in callbacks:
-            self.add_callback(callback)
-        try:
-            yield
-        finally:
-            for callback in callbacks:
-                self.remove_callback(callback)  # pyright: ignore[reportArgumentType]
+        self._decay = FactorDecayCallback(
+            options.factor_decay, options.factor_decay_kind, options.factor_decay_decoupled
+        )
+        self.add_callback(self._decay)
 
     @contextmanager
     def _until(self, step: int) -> Iterator[None]:
         """Makes the Trainer save and stop at a step, leaving alone what belongs to the end of a whole run."""
+        assert self.low_rank_config is not None
+        stop = StopAtSwitch(step, self._options, self.low_rank_config)
         kept = {name: getattr(self.args, name) for name in ("load_best_model_at_end", "save_total_limit")}
         self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        self.add_callback(stop)
         try:
-            with self._callbacks(StopAtSwitch(step, self._options)):
-                yield
+            yield
         finally:
+            self.remove_callback(stop)  # pyright: ignore[reportArgumentType]
             for name, value in kept.items():
                 setattr(self.args, name, value)
 
@@ -277,7 +275,8 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             shutil.rmtree(staged, ignore_errors=True)
             shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin.index.json"))
             self._save(str(temporary))
-            fresh = self.optimizer.state_dict()  # pyright: ignore[reportOptionalMemberAccess]
+            assert self.optimizer is not None
+            fresh = self.optimizer.state_dict()
             convert_checkpoint(temporary, dense_names, fresh, fresh_names, factorised_layers(model), self._options)
             temporary.rename(staged)
             logger.info("Factorised at step %d:\n%s", _step(checkpoint), low_rank_report(model))
@@ -296,8 +295,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         self.optimizer = self.lr_scheduler = None  # pyright: ignore[reportAttributeAccessIssue]
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.model_wrapped = self.callback_handler.model = self.model
-        self.accelerator.free_memory()
-        gc.collect()
+        self.accelerator.free_memory()  # the Trainer collects the garbage when it goes on
 
 
 class LowRankTrainer(LowRankTrainerMixin, Trainer):
