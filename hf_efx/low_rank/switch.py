@@ -6,6 +6,8 @@ V², which holds for uncorrelated entries of G.
 """
 
 import logging
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +266,30 @@ class StopAtSwitch(TrainerCallback):
         if state.global_step == self.step and state.epoch is not None and not state.epoch.is_integer():
             control.should_log = control.should_evaluate = control.should_save = False
         return control
+
+
+@dataclass
+class DensePart:
+    """The dense part of a run, whose summary waits for the factorised part's: one summary says what the run took.
+
+    Attributes:
+        first_step: The optimiser step that this call of `train` began at.
+        switch: The step of the switch.
+        began: When it began, in seconds.
+        summary: What the Trainer would have logged at its end.
+    """
+
+    first_step: int
+    switch: int
+    began: float = field(default_factory=time.time)
+    summary: dict[str, float] = field(default_factory=dict)
+
+    def join(self, summary: dict[str, float], last_step: int) -> None:
+        """Makes the factorised part's summary that of the whole run, in place."""
+        dense, steps = self.switch - self.first_step, last_step - self.first_step
+        losses = self.summary["train_loss"] * dense + summary["train_loss"] * (last_step - self.switch)
+        runtime = time.time() - self.began
+        for name in ("train_samples_per_second", "train_steps_per_second"):
+            done = sum(part[name] * part["train_runtime"] for part in (self.summary, summary))
+            summary[name] = round(done / runtime, 3)
+        summary["train_loss"], summary["train_runtime"] = losses / steps, round(runtime, 4)

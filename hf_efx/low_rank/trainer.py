@@ -30,7 +30,7 @@ from hf_efx.low_rank.arguments import LowRankArguments, LowRankArgumentsMixin
 from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.decay import FactorDecayCallback, factorised_layers
 from hf_efx.low_rank.report import factor_metrics, low_rank_report
-from hf_efx.low_rank.switch import StopAtSwitch, convert_checkpoint, parameter_names
+from hf_efx.low_rank.switch import DensePart, StopAtSwitch, convert_checkpoint, parameter_names
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
 
     _given_optimizer = False
     _decay: FactorDecayCallback | None = None
+    _dense: DensePart | None = None
 
     def __init__(self, *args: Any, low_rank_config: LowRankConfig | None = None, **kwargs: Any) -> None:
         self.low_rank_config = low_rank_config  # before the Trainer's own, which calls model_init
@@ -170,6 +171,12 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         training = "loss" in logs or "train_loss" in logs
         if training and self._options.log_factor_metrics and self.optimizer is not None:
             self.add_metrics(factor_metrics(self.model, self.optimizer.param_groups[0]["lr"]))  # pyright: ignore
+        if "train_loss" in logs and self._dense is not None:
+            if self.state.global_step == self._dense.switch:
+                self._dense.summary = logs
+                return
+            if self._dense.summary:
+                self._dense.join(logs, self.state.global_step)
         super().log(logs, start_time)
 
     def train(
@@ -180,8 +187,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
     ) -> TrainOutput:
         """Trains, dense up to `dense_warmup_steps` and factorised from there on.
 
-        A run with a switch ends with the summary (train_runtime, train_loss) of its factorised steps, as a resumed run
-        does; the best model of `load_best_model_at_end` is the best one since the switch, for a dense one doesn't fit.
+        The best model of `load_best_model_at_end` is the best one since the switch: a dense one doesn't fit.
 
         Args:
             resume_from_checkpoint: As in `EfxTrainerMixin.train`.
@@ -200,33 +206,40 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         if entry is None and self.model_init is None:
             self._prepare_structure(self.model)  # pyright: ignore[reportArgumentType]
         self._set_factor_decay()
+        self._dense = None
         if entry is not None or not self._options.dense_warmup_steps:
             return super().train(checkpoint, trial, ignore_keys_for_eval)
         return self._train_and_switch(checkpoint, trial, ignore_keys_for_eval)
 
     def _train_and_switch(self, checkpoint: str | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
-        switch = self._options.dense_warmup_steps
-        if checkpoint is None or _step(checkpoint) < switch:
+        switch, step = self._options.dense_warmup_steps, 0 if checkpoint is None else _step(checkpoint)
+        self._dense = DensePart(step, switch) if step < switch else None
+        if step < switch:
             with self._until(switch):
                 output = super().train(checkpoint, trial, ignore_keys)
             if self.state.global_step < switch:  # another callback stopped it, or the data ended
-                logger.warning(
-                    "Training ended at step %d, before dense_warmup_steps=%d: the model is dense.",
-                    *(self.state.global_step, switch),
-                )
-                if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-                    self._load_best_model()
-                return output
+                return self._ended_dense(output)
             checkpoint = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{switch}")
         elif self.model_init is not None:  # the one in memory may be a former run's
             self.model = self.call_model_init(trial)
+        assert checkpoint is not None
         staged = self._switch(checkpoint)
         try:
-            return super().train(str(staged), trial, ignore_keys)
+            output = super().train(str(staged), trial, ignore_keys)
+            return output._replace(training_loss=output.metrics["train_loss"])
         finally:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 shutil.rmtree(staged, ignore_errors=True)
+
+    def _ended_dense(self, output: TrainOutput) -> TrainOutput:
+        logger.warning(
+            "Training ended at step %d, before dense_warmup_steps=%d: the model is dense.",
+            *(self.state.global_step, self._options.dense_warmup_steps),
+        )
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return output
 
     def _set_factor_decay(self) -> None:
         """Puts the decay that the options ask for in place of a former run's."""

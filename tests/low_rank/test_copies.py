@@ -36,12 +36,12 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "resnet"])  # Linear and Conv2d
-@pytest.mark.parametrize("made", COPIES)
-def test_copies_are_factorised_alike_and_so_is_what_they_save(made: str, name: str, tmp_path: Path) -> None:
+CASES = [("gpt2", made) for made in COPIES] + [("resnet", made) for made in COPIES if made != "resized"]
+
+
+@pytest.mark.parametrize(("name", "made"), CASES)  # Linear; Conv2d, where there are no embeddings to resize
+def test_copies_are_factorised_alike_and_so_is_what_they_save(name: str, made: str, tmp_path: Path) -> None:
     architecture = next(architecture for architecture in ARCHITECTURES if architecture.name == name)
-    if made == "resized" and name == "resnet":
-        pytest.skip("no embeddings")
     model = get_efx_model(architecture.build(), LowRankConfig(rank=2))
     copied, batch = COPIES[made](model), architecture.batch()
     copied.save_pretrained(tmp_path)

@@ -114,14 +114,6 @@ def test_decoupled_step_in_closed_form_uses_both_factors_from_before(tmp_path: P
     torch.testing.assert_close(got_v.detach(), v - RATE * STRENGTH * v @ (u.mT @ u))
 
 
-class Twice(Net):
-    """The layer a second time under another name, as ALBERT repeats its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.again = self.fc
-
-
 class OwnLoss(LowRankTrainer):
     loss_is_scaled_for_ga = True
 
@@ -135,7 +127,8 @@ def test_decay_comes_once_an_optimiser_step(tmp_path: Path) -> None:
     """Whatever the micro-batches, the names of a layer and the loss are."""
     once = train(model(), tmp_path, factor_decay=STRENGTH)
     accumulated = {"factor_decay": STRENGTH, "gradient_accumulation_steps": 3}
-    shared = get_efx_model(Twice(), LowRankConfig(rank=3, target_modules=["fc"]))
+    shared = model()
+    shared.again = shared.fc  # a layer under two names
     assert torch.equal(train(shared, tmp_path, **accumulated), once)
     assert torch.equal(train(model(), tmp_path, OwnLoss, **accumulated), once)
     zero = lambda outputs, labels, num_items_in_batch: outputs["logits"].sum() * 0.0  # noqa: E731

@@ -1,4 +1,4 @@
-"""Classifiers through peft: the head is trained, saved and loaded, all as with LoRA. More: core/model/test_peft_bridge."""
+"""Through peft, as LoRA: heads of classifiers, modules_to_save. More in core/model/test_peft_bridge.py."""
 
 from pathlib import Path
 from typing import Any

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from low_rank.switching import DATA, SWITCH, arguments, build, losses, run, state, trainer
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -27,6 +26,7 @@ from hf_efx import (
 from hf_efx.core.model.adapter import efx_record
 from hf_efx.low_rank.arguments import LowRankArgumentsMixin
 from hf_efx.low_rank.decay import factorised_layers
+from low_rank.switching import DATA, SWITCH, arguments, build, losses, run, state, trainer
 
 
 def refused(words: str, make: Callable[[], Any]) -> None:

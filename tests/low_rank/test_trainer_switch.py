@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from low_rank.switching import DATA, STEPS, SWITCH, TOKENS, arguments, build, losses, run, state, trainer
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from two_processes import Kill
@@ -15,6 +14,7 @@ from two_processes import Kill
 from hf_efx import LowRankConfig, LowRankTrainer
 from hf_efx.core.model.adapter import efx_record
 from hf_efx.low_rank.decay import factorised_layers
+from low_rank.switching import DATA, STEPS, SWITCH, TOKENS, arguments, build, losses, run, state, trainer
 
 FULL = {"rank": 1.0, "only_if_smaller": False}
 SAVED = {"save_strategy": "steps", "save_steps": 2}  # at 2, 3 (the switch, still dense), 4 and 6
@@ -251,6 +251,24 @@ def test_factor_decay_takes_the_factors_out_of_weight_decay(warmup: int, tmp_pat
             assert {held[id(layer.weight)], held[id(layer.factor_v)]} == {0.1 if decayed else 0.0}
         assert held[id(done.model.transformer.wte.weight)] == 0.1  # pyright: ignore
         assert held[id(done.model.transformer.h[0].mlp.c_fc.bias)] == 0.0  # pyright: ignore
+
+
+def test_one_summary_says_what_the_whole_run_took(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Logs(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(logs)
+
+    running = trainer(tmp_path)
+    running.add_callback(Logs())
+    output = running.train()
+    (summary,) = [logs for logs in seen if "train_loss" in logs]
+    expected = sum(losses(running)) / STEPS
+    assert output.training_loss == pytest.approx(expected) == summary["train_loss"] == output.metrics["train_loss"]
+    runtime, per_second = summary["train_runtime"], summary["train_steps_per_second"]
+    assert runtime * per_second == pytest.approx(STEPS, rel=0.05)
+    assert summary["train_samples_per_second"] == pytest.approx(4 * per_second, rel=0.05)
 
 
 # --- the best checkpoint, and a run that ends before the switch
