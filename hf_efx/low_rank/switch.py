@@ -211,9 +211,7 @@ class StopAtSwitch(TrainerCallback):
         """Raises ValueError for what the switch can't work with."""
         self._check_run(args, state, kwargs["train_dataloader"])
         self._check_optimizer(args, kwargs)
-        targets = self.config.match(kwargs["model"])
-        if self.config.rank != "auto":  # which reads weights that aren't trained yet
-            self.config.plan(kwargs["model"], targets, pretrained=True)
+        self.config.check_switch(kwargs["model"])
 
     def _check_run(self, args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> None:
         where = f"dense_warmup_steps={self.step}"

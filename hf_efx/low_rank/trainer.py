@@ -86,7 +86,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             self._check_switch(model)
         elif self.low_rank_config is not None:
             entry = _low_rank_entry(efx_record(model))
-            if entry is not None:
+            if entry is not None and factorised_layers(model):  # a reused config names layers that are dense
                 self._check_same_config(entry, "the model")
             elif self._given_optimizer:
                 raise ValueError(

@@ -236,6 +236,12 @@ LATE: list[tuple[str, Any, dict[str, Any], str]] = [
     ("loader", ListLoader, {}, "get_train_dataloader gives a list"),
     ("target", LowRankTrainer, {"config": {"target_modules": ["nothing"]}}, "matches no module"),
     ("rank", LowRankTrainer, {"config": {"rank": 99}}, r"rank=99 is above min\(in, out\)"),
+    (
+        "budget",
+        LowRankTrainer,
+        {"config": {"rank": "auto", "parameter_budget": 9}},
+        "parameter_budget=9 is below 1152, what rank 1 everywhere takes",
+    ),
     ("twice", LowRankTrainer, {"factor_decay": 0.1, "callbacks": [FactorDecayCallback(0.1)]}, "would both decay"),
 ]
 
