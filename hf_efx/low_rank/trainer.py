@@ -40,7 +40,7 @@ _Base = Trainer if TYPE_CHECKING else object
 class LowRankTrainerMixin(EfxTrainerMixin, _Base):
     """Low-rank training over any Trainer class. `args` takes `LowRankArgumentsMixin`, as `LowRankArguments` does.
 
-    Options are read when training begins: values that were set on `args` since then, or by a search, count.
+    Options are read when training begins: values set on `args` until then, or by a search, count.
 
     Args:
         *args: As for the Trainer.
@@ -314,7 +314,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
 class LowRankTrainer(LowRankTrainerMixin, Trainer):
     """`transformers.Trainer` for low-rank training: factorised from the start, or dense first and then factorised.
 
-    Options are read when training begins: values that were set on `args` since then, or by a search, count.
+    Options are read when training begins: values set on `args` until then, or by a search, count.
 
     Args:
         model: The model, dense or factorised; factorised in place where `low_rank_config` is given.
