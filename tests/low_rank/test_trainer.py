@@ -100,6 +100,10 @@ def test_what_is_set_on_args_counts_when_training_begins(tmp_path: Path) -> None
     later.args.factor_decay = 0.5  # pyright: ignore
     later.train()
     assert all(torch.equal(value, state(later)[key]) for key, value in state(expected).items())
+    later.args.factor_decay = 0.1  # pyright: ignore
+    later.train()  # instead of the first run's decay, not beside it
+    decays = [c for c in later.callback_handler.callbacks if isinstance(c, FactorDecayCallback)]
+    assert [decay.strength for decay in decays] == [0.1]
     back = trainer(tmp_path, max_steps=2, factor_decay=0.5)
     back.args.dense_warmup_steps = 0  # pyright: ignore
     back.train()
