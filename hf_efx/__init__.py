@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         SelectionSequence,
     )
     from hf_efx.low_rank import (
-        DenseWarmupCallback,
         FactorDecayCallback,
         LowRankArguments,
         LowRankConfig,
@@ -87,7 +86,6 @@ _PUBLIC = {
         "SelectionSequence",
     ),
     "hf_efx.low_rank": (
-        "DenseWarmupCallback",
         "FactorDecayCallback",
         "LowRankArguments",
         "LowRankConfig",

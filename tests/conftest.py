@@ -1,5 +1,6 @@
 """Fixtures that several rooms of the suite use."""
 
+import gc
 import logging
 import os
 import random
@@ -33,6 +34,12 @@ def _seeded() -> Iterator[None]:
         logger.propagate, logger.disabled, logger.handlers[:] = propagate, disabled, handlers
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+def pytest_collection_finish() -> None:
+    """Hides what the imports made from the garbage collector: Trainers call it at each start, .5 s a time else."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.decay import FactorDecayCallback
 from hf_efx.low_rank.layers import FactorisedConv2d, FactorisedLinear
 from hf_efx.low_rank.report import LowRankReport, low_rank_report
-from hf_efx.low_rank.trainer import DenseWarmupCallback, LowRankTrainer, LowRankTrainerMixin
+from hf_efx.low_rank.trainer import LowRankTrainer, LowRankTrainerMixin
 
 __all__ = [
-    "DenseWarmupCallback",
     "FactorDecayCallback",
     "FactorisedConv2d",
     "FactorisedLinear",

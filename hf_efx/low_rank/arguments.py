@@ -59,11 +59,23 @@ class LowRankArgumentsMixin:
     log_factor_metrics: bool = field(
         default=False,
         metadata={
-            "help": "Log norm, effective step size, effective and stable rank of the factorised layers (means)."
+            "help": "Log norm, effective step size, effective and stable rank of the factorised layers (means): with "
+            "each training log, and in the summary at the end, which is all that logging_strategy='no' leaves."
         },
     )
 
     def __post_init__(self) -> None:
+        self.check_low_rank()
+        super_post_init = getattr(super(), "__post_init__", None)
+        if super_post_init is not None:
+            super_post_init()
+
+    def check_low_rank(self) -> None:
+        """Checks the values, once more when training begins: they may have been set since.
+
+        Raises:
+            ValueError: For a value out of range.
+        """
         if self.dense_warmup_steps < 0:
             raise ValueError(f"dense_warmup_steps={self.dense_warmup_steps}: expected 0 or more optimiser steps.")
         if self.switch_optimizer_state not in SWITCH_STATES:
@@ -80,9 +92,6 @@ class LowRankArgumentsMixin:
             raise ValueError(
                 f"factor_decay_kind={self.factor_decay_kind!r}: expected one of {', '.join(FACTOR_DECAYS)}."
             )
-        super_post_init = getattr(super(), "__post_init__", None)
-        if super_post_init is not None:
-            super_post_init()
 
 
 @dataclass

@@ -16,7 +16,13 @@ from hf_efx.core.model.weight_view import WeightView
 from hf_efx.low_rank.initialisation import INITIALISATIONS, initial_factors, svd
 from hf_efx.low_rank.layers import densify, factorise
 from hf_efx.low_rank.peft_tuner import LowRankTuner
-from hf_efx.low_rank.ranks import allocate_ranks, break_even_rank, looks_random, resolve_rank
+from hf_efx.low_rank.ranks import (
+    allocate_ranks,
+    break_even_rank,
+    factorised_parameters,
+    looks_random,
+    resolve_rank,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +85,19 @@ class LowRankConfig(EfxMethodConfig):
         default=True,
         metadata={"help": "Leave a layer dense where its factors would hold no fewer parameters than its weight."},
     )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Through peft, which freezes the model: modules that are trained and saved whole beside the "
+            "factors, such as a new head (peft adds a classifier's own). In memory and while loading all modules are; "
+            "there these only stay dense."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # A file of peft's says the type: what is built from it gets its factors from the file beside it.
+        self.from_file = self.peft_type is not None
         self.peft_type = EfxType.EFX_LOW_RANK  # pyright: ignore[reportAttributeAccessIssue]
         if self.rank != "auto":
             _check_rank("rank", self.rank)
@@ -142,8 +158,7 @@ class LowRankConfig(EfxMethodConfig):
         """
         if pretrained:
             self.check_pretrained()
-        blocks = block_map(model)
-        views = {name: WeightView(module, blocks.blocks_of(name)) for name, module in targets.items()}
+        views = _views(model, targets)
         if self.init != "he" or self.rank == "auto":
             _refuse_without_spectrum(views)
         ranks = self._automatic_ranks(views) if self.rank == "auto" else self._given_ranks(views)
@@ -200,6 +215,7 @@ class LowRankConfig(EfxMethodConfig):
         return ranks
 
     def _automatic_ranks(self, views: dict[str, WeightView]) -> dict[str, int]:
+        total = self._total_budget(views)
         if any(view.weight.is_meta for view in views.values()):
             raise ValueError("rank='auto' reads the spectrum of trained weights, but the model is on the meta device.")
         spectra = {name: [svd(b)[1].cpu() for b in view.block_matrices()] for name, view in views.items()}
@@ -210,14 +226,33 @@ class LowRankConfig(EfxMethodConfig):
                 "the Marchenko-Pastur bulk): their spectrum says nothing. Pass a rank, or train dense first "
                 "(LowRankTrainer with dense_warmup_steps)."
             )
-        dense = sum(view.out_dim * view.in_dim for view in views.values())
+        return allocate_ranks(spectra, shapes, total)
+
+    def _total_budget(self, views: dict[str, WeightView]) -> int:
+        """The parameters that rank='auto' may spend on the targets together."""
         budget = self.parameter_budget
+        dense = sum(view.out_dim * view.in_dim for view in views.values())
         total = int(budget * dense) if isinstance(budget, float) else budget
         assert isinstance(total, int)
-        try:
-            return allocate_ranks(spectra, shapes, total)
-        except ValueError as error:
-            raise ValueError(f"{error} (the layers hold {dense} dense). Raise parameter_budget.") from None
+        least = sum(view.blocks * factorised_parameters(view.block_dim, view.in_dim, 1) for view in views.values())
+        if total < least:
+            raise ValueError(
+                f"parameter_budget={total} is below {least}, what rank 1 everywhere takes (the layers hold {dense} "
+                f"dense). Raise parameter_budget."
+            )
+        return total
+
+    def check_switch(self, model: nn.Module) -> None:
+        """Refuses, for a model that trains dense first, what its factorisation would refuse then.
+
+        Raises:
+            ValueError: As `match` and `plan` do, but for what trained weights alone can tell (of rank='auto').
+        """
+        targets = self.match(model)
+        if self.rank == "auto":
+            self._total_budget(_views(model, targets))
+        else:
+            self.plan(model, targets, pretrained=True)
 
     def apply(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Factorises the planned layers, with factors by `init`."""
@@ -254,6 +289,11 @@ class LowRankConfig(EfxMethodConfig):
             result[f"{name}.weight"] = [1, out_dim, spec["rank"], *([1] if spec.get("convolution") else [])]
             result[f"{name}.factor_v"] = [spec.get("blocks", 1) * spec["rank"], in_dim]
         return result
+
+
+def _views(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, WeightView]:
+    blocks = block_map(model)
+    return {name: WeightView(module, blocks.blocks_of(name)) for name, module in targets.items()}
 
 
 def _check_rank(name: str, rank: Any) -> None:

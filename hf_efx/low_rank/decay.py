@@ -66,9 +66,13 @@ class FactorDecayCallback(TrainerCallback):
     ) -> None:
         """Checks that the factors are there and that no other decay acts on them."""
         layers = factorised_layers(kwargs["model"])
-        if not layers and not getattr(args, "dense_warmup_steps", 0):
-            raise ValueError("FactorDecayCallback: the model has no factorised layer. Call get_efx_model first.")
         factors = {id(p) for layer in layers.values() for p in (layer.weight, layer.factor_v) if p.requires_grad}
+        if not factors and not getattr(args, "dense_warmup_steps", 0):
+            raise ValueError(
+                "FactorDecayCallback: all factors are frozen (by an adapter on top, for one)."
+                if layers
+                else "FactorDecayCallback: the model has no factorised layer. Call get_efx_model first."
+            )
         held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
         if not factors <= held:
             raise ValueError(
@@ -79,7 +83,7 @@ class FactorDecayCallback(TrainerCallback):
             if group.get("weight_decay") and any(id(p) in factors for p in group["params"]):
                 raise ValueError(
                     f"weight_decay={group['weight_decay']} also acts on the factors, twice on their product: use "
-                    f"LowRankTrainer, which takes factors out of it, or set weight_decay=0."
+                    f"LowRankTrainer with factor_decay, which takes factors out of it, or set weight_decay=0."
                 )
 
     @torch.no_grad()

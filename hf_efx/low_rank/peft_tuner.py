@@ -1,15 +1,17 @@
-"""Door 3 for low-rank training: a peft tuner whose layers answer with factors in place of the base weight.
+"""Low-rank training through peft: a tuner whose layers answer with factors in place of the base weight.
 
-The dense base weight stays in memory, since several adapters and disabling them need it; doors 1 and 2 are the ones
-that save memory.
+The dense base weight stays in memory, since several adapters and disabling them need it: what saves memory is
+`get_efx_model`, and `EfxConfig` while loading.
 """
 
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from hf_efx.core.model.pretrained import weights_were_loaded
 from hf_efx.core.model.targets import match_targets
 from hf_efx.core.model.weight_view import WeightView
 from hf_efx.low_rank.initialisation import initial_factors
@@ -126,15 +128,17 @@ class LowRankTuner(BaseTuner):
     _plan: dict[str, dict[str, Any]]
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        saved = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper))
         layers = {
             name: module.get_base_layer() if isinstance(module, LowRankAdapterLayer) else module
             for name, module in model.named_modules()
-            if ".base_layer" not in f".{name}"
+            if ".base_layer" not in f".{name}" and not name.startswith(saved)
         }
         targets = match_targets(model, peft_config, layers)
         if peft_config.target_modules in (None, "all-linear"):
             peft_config.target_modules = sorted(targets)  # what peft matches by, and writes into the adapter's config
-        self._plan = peft_config.plan(model, targets, pretrained=False)
+        trained = not peft_config.from_file and weights_were_loaded(model, targets)
+        self._plan = peft_config.plan(model, targets, pretrained=trained)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config  # the defaults depend on the model itself: see _prepare_model

@@ -29,7 +29,8 @@ class LayerReport:
         dense_parameters: Weights before.
         parameters: Weights in the factors.
         dense_flops: Forward FLOPs per token (for a convolution per output position) before, a multiply-add counted
-        as 2. flops: The same now.
+            as 2.
+        flops: The same now.
         saves: False where the rank is at or above break-even.
         frobenius_norm: ‖UVᵀ‖_F.
         effective_rank: exp(entropy) of the normalised singular values of a block, mean over blocks.
@@ -106,6 +107,20 @@ def low_rank_report(model: nn.Module) -> LowRankReport:
         total_parameters=total,
         total_dense_parameters=total + sum(row.dense_parameters - row.parameters for row in rows),
     )
+
+
+def factor_metrics(model: nn.Module, learning_rate: float) -> dict[str, float]:
+    """Means over the factorised layers for a training log, described in docs/metrics.md; none for a dense model."""
+    if not factorised_layers(model):
+        return {}
+    rows = low_rank_report(model).layers
+    columns = {
+        "frobenius_norm": [row.frobenius_norm for row in rows],
+        "effective_learning_rate": [learning_rate / max(row.frobenius_norm, 1e-12) ** 2 for row in rows],
+        "effective_rank_share": [row.effective_rank / row.rank for row in rows],
+        "stable_rank": [row.stable_rank for row in rows],
+    }
+    return {f"low_rank/{name}": sum(values) / len(values) for name, values in columns.items()}
 
 
 @torch.no_grad()

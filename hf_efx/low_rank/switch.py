@@ -1,4 +1,4 @@
-"""The switch from dense to factorised inside a run: what becomes of the optimiser's state.
+"""The switch from dense to factorised inside a run: what becomes of the optimiser's state and the schedule.
 
 With W = U Vᵀ and G = dL/dW, the chain rule gives dL/dU = G V and dL/dV = Gᵀ U. First moments are linear in the
 gradient and follow it exactly, as long as the factors stand still. Second moments E[G²] follow as E[(G V)²] ≈ E[G²]
@@ -6,16 +6,36 @@ V², which holds for uncorrelated entries of G.
 """
 
 import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 
+from hf_efx.low_rank.arguments import LowRankArgumentsMixin
+from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.layers import FactorisedLayer
 
 logger = logging.getLogger(__name__)
 
-LINEAR_MOMENTS = ("exp_avg", "momentum_buffer")
-SQUARED_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+LINEAR_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg")
+SQUARED_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+# Optimisers whose states are these moments.
+PROJECTED_OPTIMIZERS = (
+    torch.optim.Adam,  # AdamW too
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+)
 
 State = dict[str, Any]
 
@@ -93,22 +113,181 @@ def convert_optimizer_state(
     Returns:
         A state dict that the new optimiser loads. Parameters that the switch didn't touch keep their state.
     """
-    index = dict(_indexed(dense, dense_names))
-    states = {name: dense["state"].get(i, {}) for name, i in index.items()}
+    states = {name: dense["state"].get(i, {}) for name, i in _indexed(dense, dense_names)}
     for name, layer in layers.items():
         states[f"{name}.weight"], states[f"{name}.factor_v"] = factor_states(
             states.get(f"{name}.weight", {}), layer, mode
         )
     groups = []
-    for old, new in zip(dense["param_groups"], fresh["param_groups"], strict=True):
+    for source, new in zip(group_sources(dense_names, fresh_names), fresh["param_groups"], strict=True):
+        old = dense["param_groups"][source]
         rates = {key: old[key] * learning_rate_scale for key in ("lr", "initial_lr") if key in old}
         groups.append({**old, **rates, "weight_decay": new.get("weight_decay", 0.0), "params": new["params"]})
-    return {
-        "state": {i: states[name] for name, i in _indexed(fresh, fresh_names) if states.get(name)},
-        "param_groups": groups,
-    }
+    # Some optimisers (Adagrad) make their states at the start: those that begin anew keep theirs.
+    begun = [(i, states.get(name) or fresh["state"].get(i)) for name, i in _indexed(fresh, fresh_names)]
+    return {"state": {i: state for i, state in begun if state}, "param_groups": groups}
+
+
+def group_sources(dense_names: list[list[str]], fresh_names: list[list[str]]) -> list[int]:
+    """For each of the new optimiser's groups the index of the former one whose settings it takes.
+
+    Groups go by their position. Where there are more or fewer than before, as in a `create_optimizer` of one's own
+    with a group a parameter, each goes by its first parameter; `factor_v` was part of `weight`.
+    """
+    if len(dense_names) == len(fresh_names):
+        return list(range(len(fresh_names)))
+    home = {name: i for i, names in enumerate(dense_names) for name in names}
+    return [home[names[0].replace(".factor_v", ".weight")] if names else 0 for names in fresh_names]
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """Names of the parameters in each of an optimiser's groups; "0", "1", ... for those that aren't the model's."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+    names.update({id(p): str(i) for i, p in enumerate(foreign)})
+    return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def convert_checkpoint(
+    folder: Path,
+    dense_names: list[list[str]],
+    fresh: dict[str, Any],
+    fresh_names: list[list[str]],
+    layers: dict[str, FactorisedLayer],
+    options: LowRankArgumentsMixin,
+) -> None:
+    """Converts the optimiser's, the schedule's and the Trainer's state in a copy of a dense checkpoint, in place.
+
+    Args:
+        folder: The copy.
+        dense_names: As in `convert_optimizer_state`, like the three that follow.
+        fresh: See there.
+        fresh_names: See there.
+        layers: See there.
+        options: How: `switch_optimizer_state` and `switch_learning_rate_scale`.
+    """
+    scale = options.switch_learning_rate_scale
+    state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+    converted = convert_optimizer_state(
+        *(state, dense_names, fresh, fresh_names, layers),
+        mode=options.switch_optimizer_state,
+        learning_rate_scale=scale,
+    )
+    torch.save(converted, folder / OPTIMIZER_NAME)
+    schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+    sources = group_sources(dense_names, fresh_names)
+    for key, value in schedule.items():
+        if isinstance(value, list) and len(value) == len(dense_names):  # one for each group
+            schedule[key] = [value[source] for source in sources]
+            if key in ("base_lrs", "_last_lr"):
+                schedule[key] = [rate * scale for rate in schedule[key]]
+    torch.save(schedule, folder / SCHEDULER_NAME)
+    trainer_state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    # A dense best checkpoint can't be loaded into the factorised model at the end.
+    trainer_state.best_metric = trainer_state.best_model_checkpoint = trainer_state.best_global_step = None
+    trainer_state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
 
 def _indexed(state_dict: dict[str, Any], names: list[list[str]]) -> list[tuple[str, int]]:
     groups = zip(state_dict["param_groups"], names, strict=True)
     return [pair for group, group_names in groups for pair in zip(group_names, group["params"], strict=True)]
+
+
+class StopAtSwitch(TrainerCallback):
+    """Saves and stops a dense run at the switch, and refuses at its start what could not go on from there.
+
+    Args:
+        step: Optimiser step of the switch.
+        options: How the optimiser and the schedule go on.
+        config: How the model is factorised then.
+    """
+
+    def __init__(self, step: int, options: LowRankArgumentsMixin, config: LowRankConfig) -> None:
+        self.step, self.options, self.config = step, options, config
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises ValueError for what the switch can't work with."""
+        self._check_run(args, state, kwargs["train_dataloader"])
+        self._check_optimizer(args, kwargs)
+        self.config.check_switch(kwargs["model"])
+
+    def _check_run(self, args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> None:
+        where = f"dense_warmup_steps={self.step}"
+        if state.max_steps <= self.step:
+            raise ValueError(
+                f"{where} leaves no factorised step of the run's {state.max_steps}: lower it, or train longer."
+            )
+        if not isinstance(train_dataloader, DataLoader) and not args.ignore_data_skip:
+            raise ValueError(
+                f"{where}: get_train_dataloader gives a {type(train_dataloader).__name__}, in which the Trainer can't "
+                f"find its place again after the switch. Return a torch DataLoader, or factorise from the start."
+            )
+
+    def _check_optimizer(self, args: TrainingArguments, kwargs: dict[str, Any]) -> None:
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # inside accelerate's wrapper
+        name = f"{type(optimizer).__name__} (optim={OptimizerNames(args.optim).value!r})"
+        mode = self.options.switch_optimizer_state
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in kwargs["model"].parameters() if p.requires_grad):
+            raise ValueError(
+                f"dense_warmup_steps={self.step}: {name} steps layer by layer, outside of the optimizer that a "
+                f"checkpoint saves. Choose another optim, or factorise from the start."
+            )
+        if mode == "project" and not isinstance(optimizer, PROJECTED_OPTIMIZERS):
+            raise ValueError(
+                f"switch_optimizer_state={mode!r}: how the states of {name} project onto factors isn't known. Pass "
+                f"switch_optimizer_state='reset', or choose AdamW, SGD or another of torch's with moments of the "
+                f"gradient's shape."
+            )
+        scheduler, scale = kwargs["lr_scheduler"], self.options.switch_learning_rate_scale
+        if scale != 1 and not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"switch_learning_rate_scale={scale}: a {type(scheduler).__name__} sets rates by a state of its own, "
+                f"so that they can't be scaled. Leave it at 1, or choose a schedule that is a function of the step "
+                f"(lr_scheduler_type='linear', 'cosine', ...)."
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Saves and stops at the step."""
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Keeps an epoch that the switch breaks off from being logged, evaluated and saved as a whole one."""
+        if state.global_step == self.step and state.epoch is not None and not state.epoch.is_integer():
+            control.should_log = control.should_evaluate = control.should_save = False
+        return control
+
+
+@dataclass
+class DensePart:
+    """The dense part of a run, whose summary waits for the factorised part's: one summary says what the run took.
+
+    Attributes:
+        first_step: The optimiser step that this call of `train` began at.
+        switch: The step of the switch.
+        began: When it began, in seconds.
+        summary: What the Trainer would have logged at its end.
+    """
+
+    first_step: int
+    switch: int
+    began: float = field(default_factory=time.time)
+    summary: dict[str, float] = field(default_factory=dict)
+
+    def join(self, summary: dict[str, float], last_step: int) -> None:
+        """Makes the factorised part's summary that of the whole run, in place."""
+        dense, steps = self.switch - self.first_step, last_step - self.first_step
+        losses = self.summary["train_loss"] * dense + summary["train_loss"] * (last_step - self.switch)
+        runtime = time.time() - self.began
+        for name in ("train_samples_per_second", "train_steps_per_second"):
+            done = sum(part[name] * part["train_runtime"] for part in (self.summary, summary))
+            summary[name] = round(done / runtime, 3)
+        summary["train_loss"], summary["train_runtime"] = losses / steps, round(runtime, 4)

@@ -6,29 +6,31 @@ there as from any checkpoint. So model, optimiser, DDP and compiled graphs are b
 every rank has the same factors, and a run that is killed before, at or after the switch resumes exactly.
 """
 
-import gc
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers.data.data_collator import DataCollator
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import CONFIG_NAME
 
 from hf_efx.core.model.adapter import efx_record, get_efx_model
+from hf_efx.core.model.record import entry_config
 from hf_efx.core.training.trainer import EfxTrainerMixin
-from hf_efx.low_rank.arguments import LowRankArgumentsMixin
+from hf_efx.low_rank.arguments import LowRankArguments, LowRankArgumentsMixin
 from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.decay import FactorDecayCallback, factorised_layers
-from hf_efx.low_rank.report import low_rank_report
-from hf_efx.low_rank.switch import convert_optimizer_state, factor_states
+from hf_efx.low_rank.report import factor_metrics, low_rank_report
+from hf_efx.low_rank.switch import DensePart, StopAtSwitch, convert_checkpoint, parameter_names
 
 logger = logging.getLogger(__name__)
 
@@ -36,69 +38,90 @@ _Base = Trainer if TYPE_CHECKING else object
 
 
 class LowRankTrainerMixin(EfxTrainerMixin, _Base):
-    """Low-rank training over any Trainer class.
+    """Low-rank training over any Trainer class. `args` takes `LowRankArgumentsMixin`, as `LowRankArguments` does.
+
+    Options are read when training begins: values set on `args` until then, or by a search, count.
 
     Args:
         *args: As for the Trainer.
         low_rank_config: How to factorise the model, at the start or after `args.dense_warmup_steps`. None for a model
-            that is factorised already.
+            that is factorised already, or stays dense.
         **kwargs: As for the Trainer.
 
     Raises:
-        ValueError: Before any work, if the options contradict each other or the model.
+        ValueError: If the options contradict each other or the model: here, or before the first step.
     """
+
+    _given_optimizer = False
+    _decay: FactorDecayCallback | None = None
+    _dense: DensePart | None = None
 
     def __init__(self, *args: Any, low_rank_config: LowRankConfig | None = None, **kwargs: Any) -> None:
         self.low_rank_config = low_rank_config  # before the Trainer's own, which calls model_init
         super().__init__(*args, **kwargs)
-        options: Any = self.args
-        if not isinstance(options, LowRankArgumentsMixin):
+        self._given_optimizer = self.optimizer is not None or self.lr_scheduler is not None
+        self._options.check_low_rank()
+        if self.model_init is None:  # else call_model_init has done so
+            self._prepare_structure(self.model)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def _options(self) -> LowRankArgumentsMixin:
+        if not isinstance(self.args, LowRankArgumentsMixin):
             raise ValueError(
-                f"args is a {type(options).__name__}: pass LowRankArguments, or a dataclass of your own that puts "
+                f"args is a {type(self.args).__name__}: pass LowRankArguments, or a dataclass of your own that puts "
                 f"LowRankArgumentsMixin before its TrainingArguments."
             )
-        self.warmup_steps_dense: int = options.dense_warmup_steps
-        if self.warmup_steps_dense:
-            self._check_switch()
-        elif self.model_init is None:  # else call_model_init has done so
-            self._factorise_new(self.model)  # pyright: ignore[reportArgumentType]
-        if options.factor_decay:
-            self.add_callback(
-                FactorDecayCallback(options.factor_decay, options.factor_decay_kind, options.factor_decay_decoupled)
-            )
-        if options.log_factor_metrics:
-            self.add_callback(_FactorMetrics(self))
+        return self.args
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Makes the model (`model_init`), factorised unless the run begins dense."""
         model = super().call_model_init(trial)
-        if not getattr(self.args, "dense_warmup_steps", 0):
-            self._factorise_new(model)
+        if self._resume_from is None:  # else it has the checkpoint's structure
+            self._prepare_structure(model)
         return model
 
-    def _factorise_new(self, model: nn.Module) -> None:
-        if self.low_rank_config is None:
-            return
-        if efx_record(model) is not None:
-            logger.warning("The model is factorised already: low_rank_config has no effect.")
-            return
-        get_efx_model(model, self.low_rank_config)
+    def _prepare_structure(self, model: nn.Module) -> None:
+        """Factorises a model for a run from the start, or makes sure that the switch will be able to."""
+        if self._options.dense_warmup_steps:
+            self._check_switch(model)
+        elif self.low_rank_config is not None:
+            entry = _low_rank_entry(efx_record(model))
+            if entry is not None and factorised_layers(model):  # a reused config names layers that are dense
+                self._check_same_config(entry, "the model")
+            elif self._given_optimizer:
+                raise ValueError(
+                    "optimizers holds the dense weights, which low_rank_config replaces by factors. Call "
+                    "get_efx_model(model, low_rank_config) first and make the optimizer then, or choose it by "
+                    "args.optim or optimizer_cls_and_kwargs."
+                )
+            else:
+                get_efx_model(model, self.low_rank_config)
+                if model is self.model and self.optimizer is not None:  # of a run that began dense
+                    self._release_dense()
+        elif self._options.log_factor_metrics and not factorised_layers(model):
+            raise ValueError("log_factor_metrics=True: the model has no factorised layer. Pass low_rank_config.")
 
-    def _check_switch(self) -> None:
-        where = f"dense_warmup_steps={self.warmup_steps_dense}"
-        if self.low_rank_config is None:
+    def _check_switch(self, model: nn.Module) -> None:
+        config, where = self.low_rank_config, f"dense_warmup_steps={self._options.dense_warmup_steps}"
+        if config is None:
             raise ValueError(f"{where} needs low_rank_config, which says how to factorise.")
-        self.low_rank_config.check_pretrained()  # at the switch the weights are trained
-        if efx_record(self.model) is not None:  # pyright: ignore[reportArgumentType]
+        config.check_pretrained()  # at the switch the weights are trained
+        if efx_record(model) is not None:
             raise ValueError(
-                f"{where} trains dense first, but the model carries hf_efx methods already. Pass it dense."
+                f"{where} trains dense first, but the model carries hf_efx methods already (config.efx). Pass it "
+                f"without them, or factorise from the start (dense_warmup_steps=0)."
+            )
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"{where}: the switch goes by config.json, which a {type(model).__name__} doesn't save. Pass the "
+                f"transformers model itself (args.torch_compile compiles it), or factorise from the start."
             )
         if self.args.save_only_model:
             raise ValueError(f"{where}: the switch stands on a whole checkpoint, so save_only_model=True is refused.")
-        if self.optimizer is not None:
+        if self._given_optimizer:
             raise ValueError(
-                f"{where}: the switch makes a new optimizer, so a ready one can't be passed in `optimizers`. Choose "
-                f"it by args.optim or optimizer_cls_and_kwargs."
+                f"{where}: the switch makes a new optimizer and schedule, so ready ones can't be passed in "
+                f"`optimizers`. Choose them by args.optim or optimizer_cls_and_kwargs, and args.lr_scheduler_type."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
@@ -106,47 +129,141 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
                 f"Use DDP or one process, or factorise from the start (dense_warmup_steps=0)."
             )
 
+    def _check_same_config(self, entry: dict[str, Any], where: str) -> None:
+        """Refuses a structure that another config than the Trainer's has led to."""
+        if self.low_rank_config is None:
+            return
+        there, here = entry_config(entry), self.low_rank_config
+        for name in {**here.method_fields(), **there.method_fields()}:
+            one, other = (json.loads(json.dumps(getattr(config, name))) for config in (there, here))
+            if one != other:
+                raise ValueError(
+                    f"{where} is factorised already, with {name}={one!r}, but low_rank_config has {name}={other!r}. "
+                    f"Pass low_rank_config=None to go on with what is there, or a dense model."
+                )
+
+    def _check_resume(self, checkpoint: str, entry: dict[str, Any] | None) -> None:
+        switch, step = self._options.dense_warmup_steps, _step(checkpoint)
+        where = f"resume_from_checkpoint={checkpoint!r}"
+        if entry is not None:
+            self._check_same_config(entry, where)
+            if step <= switch:
+                raise ValueError(
+                    f"{where} is factorised at step {step}, but dense_warmup_steps={switch} trains dense up to there: "
+                    f"lower dense_warmup_steps."
+                )
+        elif self.low_rank_config is not None and step > switch and Path(checkpoint, CONFIG_NAME).is_file():
+            raise ValueError(
+                f"{where} is dense at step {step}, past dense_warmup_steps={switch}: name an earlier checkpoint, or "
+                f"raise dense_warmup_steps."
+            )
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Parameters with ordinary weight decay: without the factors where factor decay is on."""
         names = super().get_decay_parameter_names(model)
-        if not self.args.factor_decay:  # pyright: ignore[reportAttributeAccessIssue]
+        if not self._options.factor_decay:
             return names
         factors = {f"{name}.{p}" for name in factorised_layers(model) for p in ("weight", "factor_v")}
         return [name for name in names if name not in factors]
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs figures as the base class does, in training logs with those of the factors where they are wanted."""
+        training = "loss" in logs or "train_loss" in logs
+        if training and self._options.log_factor_metrics and self.optimizer is not None:
+            self.add_metrics(factor_metrics(self.model, self.optimizer.param_groups[0]["lr"]))  # pyright: ignore
+        if "train_loss" in logs and self._dense is not None:
+            if self.state.global_step == self._dense.switch:
+                self._dense.summary = logs
+                return
+            if self._dense.summary:
+                self._dense.join(logs, self.state.global_step)
+        super().log(logs, start_time)
+
     def train(
-        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Trains, dense up to `dense_warmup_steps` and factorised from there on; see `EfxTrainerMixin.train`."""
-        switch = self.warmup_steps_dense
+        """Trains, dense up to `dense_warmup_steps` and factorised from there on.
+
+        The best model of `load_best_model_at_end` is the best one since the switch: a dense one doesn't fit.
+
+        Args:
+            resume_from_checkpoint: As in `EfxTrainerMixin.train`.
+            trial: Of a hyperparameter search.
+            ignore_keys_for_eval: As in `Trainer.train`.
+
+        Raises:
+            ValueError: Before any step, for options, a model, an optimizer or a checkpoint that can't work.
+        """
+        self._hp_search_setup(trial)  # sets a search's values on args, which the Trainer does after making the model
+        self._options.check_low_rank()
         checkpoint = self._resume_point(resume_from_checkpoint)
-        if not switch or (checkpoint is not None and _is_factorised(checkpoint)):
-            return super().train(checkpoint, *args, **kwargs)
-        step = 0 if checkpoint is None else _step(checkpoint)
-        if step > switch:
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r} is dense at step {step}, past dense_warmup_steps={switch}: "
-                f"name an earlier checkpoint, or raise dense_warmup_steps."
-            )
+        entry = None if checkpoint is None else _low_rank_entry(_saved_record(checkpoint))
+        if checkpoint is not None:
+            self._check_resume(checkpoint, entry)
+        if entry is None and self.model_init is None:
+            self._prepare_structure(self.model)  # pyright: ignore[reportArgumentType]
+        self._set_factor_decay()
+        self._dense = None
+        if entry is not None or not self._options.dense_warmup_steps:
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+        return self._train_and_switch(checkpoint, trial, ignore_keys_for_eval)
+
+    def _train_and_switch(self, checkpoint: str | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
+        switch, step = self._options.dense_warmup_steps, 0 if checkpoint is None else _step(checkpoint)
+        self._dense = DensePart(step, switch) if step < switch else None
         if step < switch:
             with self._until(switch):
-                output = super().train(checkpoint, *args, **kwargs)
-            if self.state.global_step < switch:  # another callback stopped it
-                return output
-            checkpoint = os.path.join(self.args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{switch}")
+                output = super().train(checkpoint, trial, ignore_keys)
+            if self.state.global_step < switch:  # another callback stopped it, or the data ended
+                return self._ended_dense(output)
+            checkpoint = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{switch}")
+        elif self.model_init is not None:  # the one in memory may be a former run's
+            self.model = self.call_model_init(trial)
         assert checkpoint is not None
         staged = self._switch(checkpoint)
         try:
-            return super().train(str(staged), *args, **kwargs)
+            output = super().train(str(staged), trial, ignore_keys)
+            return output._replace(training_loss=output.metrics["train_loss"])
         finally:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 shutil.rmtree(staged, ignore_errors=True)
 
+    def _ended_dense(self, output: TrainOutput) -> TrainOutput:
+        logger.warning(
+            "Training ended at step %d, before dense_warmup_steps=%d: the model is dense.",
+            *(self.state.global_step, self._options.dense_warmup_steps),
+        )
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return output
+
+    def _set_factor_decay(self) -> None:
+        """Puts the decay that the options ask for in place of a former run's."""
+        options = self._options
+        if self._decay is not None:
+            self.remove_callback(self._decay)  # pyright: ignore[reportArgumentType]
+            self._decay = None
+        if not options.factor_decay:
+            return
+        if any(isinstance(callback, FactorDecayCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError(
+                f"factor_decay={options.factor_decay} and a FactorDecayCallback in `callbacks` would both decay the "
+                f"factors: keep one of them."
+            )
+        self._decay = FactorDecayCallback(
+            options.factor_decay, options.factor_decay_kind, options.factor_decay_decoupled
+        )
+        self.add_callback(self._decay)
+
     @contextmanager
     def _until(self, step: int) -> Iterator[None]:
         """Makes the Trainer save and stop at a step, leaving alone what belongs to the end of a whole run."""
-        stop = _StopAt(step)
+        assert self.low_rank_config is not None
+        stop = StopAtSwitch(step, self._options, self.low_rank_config)
         kept = {name: getattr(self.args, name) for name in ("load_best_model_at_end", "save_total_limit")}
         self.args.load_best_model_at_end, self.args.save_total_limit = False, None
         self.add_callback(stop)
@@ -161,7 +278,6 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         """Writes the factorised form of a dense checkpoint and readies the Trainer to go on from it."""
         staged = Path(checkpoint).with_name(f"factorised-{_step(checkpoint)}")
         model: Any = self.model
-        self._match_structure(model, checkpoint)  # refuses a model that a run before has factorised already
         if self.args.should_save:
             self._load_from_checkpoint(checkpoint)  # on resume the model in memory is not trained yet
             dense_names = self._new_optimizer_names()
@@ -172,159 +288,101 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             shutil.rmtree(staged, ignore_errors=True)
             shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin.index.json"))
             self._save(str(temporary))
-            self._convert_files(temporary, dense_names, fresh_names)
+            assert self.optimizer is not None
+            fresh = self.optimizer.state_dict()
+            convert_checkpoint(temporary, dense_names, fresh, fresh_names, factorised_layers(model), self._options)
             temporary.rename(staged)
             logger.info("Factorised at step %d:\n%s", _step(checkpoint), low_rank_report(model))
         self.accelerator.wait_for_everyone()
-        # The old optimizer, scheduler and wrapper hold parameters that are gone, and DDP's hooks on those that stay.
-        self.optimizer = self.lr_scheduler = None  # pyright: ignore[reportAttributeAccessIssue]
-        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
-        self.model_wrapped = self.callback_handler.model = model
-        self.accelerator.free_memory()
-        gc.collect()
+        self._release_dense()
         return staged
 
     def _new_optimizer_names(self) -> list[list[str]]:
         """Makes a new optimiser over the model as it is; the names of the parameters in each of its groups."""
         self.optimizer = None  # pyright: ignore[reportAttributeAccessIssue]
-        names = {id(p): name for name, p in self.model.named_parameters()}  # pyright: ignore
-        return [[names[id(p)] for p in group["params"]] for group in self.create_optimizer().param_groups]
+        self.create_optimizer()
+        return parameter_names(self.optimizer, self.model)  # pyright: ignore[reportArgumentType]
 
-    def _convert_files(self, folder: Path, dense_names: list[list[str]], fresh_names: list[list[str]]) -> None:
-        options: Any = self.args
-        scale = options.switch_learning_rate_scale
-        state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        layers = factorised_layers(self.model)  # pyright: ignore[reportArgumentType]
-        converted = convert_optimizer_state(
-            *(state, dense_names, self.optimizer.state_dict(), fresh_names, layers),  # pyright: ignore
-            mode=options.switch_optimizer_state,
-            learning_rate_scale=scale,
-        )
-        torch.save(converted, folder / OPTIMIZER_NAME)
-        schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
-        for key in ("base_lrs", "_last_lr"):
-            schedule[key] = [rate * scale for rate in schedule[key]]
-        torch.save(schedule, folder / SCHEDULER_NAME)
-        trainer_state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        # A dense best checkpoint can't be loaded into the factorised model at the end.
-        trainer_state.best_metric = trainer_state.best_model_checkpoint = trainer_state.best_global_step = None
-        trainer_state.save_to_json(str(folder / TRAINER_STATE_NAME))
+    def _release_dense(self) -> None:
+        """Lets go of what holds parameters that are gone: optimizer, scheduler, and DDP with its hooks on the rest."""
+        self.optimizer = self.lr_scheduler = None  # pyright: ignore[reportAttributeAccessIssue]
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self.model_wrapped = self.callback_handler.model = self.model
+        self.accelerator.free_memory()  # the Trainer collects the garbage when it goes on
 
 
 class LowRankTrainer(LowRankTrainerMixin, Trainer):
-    """`transformers.Trainer` for low-rank training; see `LowRankTrainerMixin`."""
+    """`transformers.Trainer` for low-rank training: factorised from the start, or dense first and then factorised.
 
-
-class DenseWarmupCallback(TrainerCallback):
-    """Factorises the model inside a run, in any Trainer: one process, no resume past the switch.
-
-    `LowRankTrainer` has neither limit.
+    Options are read when training begins: values set on `args` until then, or by a search, count.
 
     Args:
-        config: How to factorise.
-        steps: Optimiser steps to train dense.
-        optimizer_state: "project" or "reset", as `switch_optimizer_state`.
-        learning_rate_scale: Factor on the learning rate from the switch on.
+        model: The model, dense or factorised; factorised in place where `low_rank_config` is given.
+        args: The options. None for `LowRankArguments("tmp_trainer")`.
+        data_collator: As for `Trainer`, like all that follow but `low_rank_config`.
+        train_dataset: Training examples.
+        eval_dataset: Evaluation examples.
+        processing_class: Tokenizer or processor, saved with the model.
+        model_init: Makes the model, instead of `model`.
+        compute_loss_func: A loss of one's own.
+        compute_metrics: Figures of an evaluation.
+        callbacks: Further callbacks.
+        optimizers: Ready optimizer and schedule, for a model that is factorised already.
+        optimizer_cls_and_kwargs: Class and arguments of the optimizer, instead of `args.optim`.
+        preprocess_logits_for_metrics: What an evaluation keeps of the logits.
+        low_rank_config: How to factorise the model, at the start or after `args.dense_warmup_steps`. None for a model
+            that is factorised already, or stays dense.
 
     Raises:
-        ValueError: For a value out of range; when training begins, under several processes, or after the switch.
+        ValueError: If the options contradict each other or the model: here, or before the first step.
     """
 
     def __init__(
-        self, config: LowRankConfig, steps: int, optimizer_state: str = "project", learning_rate_scale: float = 1.0
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: LowRankArguments | LowRankArgumentsMixin | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., torch.Tensor] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        *,
+        low_rank_config: LowRankConfig | None = None,
     ) -> None:
-        self.options = LowRankArgumentsMixin(
-            dense_warmup_steps=steps,
-            switch_optimizer_state=optimizer_state,
-            switch_learning_rate_scale=learning_rate_scale,
+        super().__init__(
+            model=model,
+            args=LowRankArguments("tmp_trainer") if args is None else args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            low_rank_config=low_rank_config,
         )
-        config.check_pretrained()
-        self.config, self.steps = config, steps
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Refuses what this callback can't do."""
-        if args.world_size > 1 or state.global_step > self.steps:
-            raise ValueError(
-                f"DenseWarmupCallback serves one process and no resume past its step (world_size={args.world_size}, "
-                f"global_step={state.global_step}, steps={self.steps}). Use LowRankTrainer with dense_warmup_steps."
-            )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """At the step, factorises the model and puts its factors into the optimiser in place of the dense weights."""
-        if state.global_step != self.steps:
-            return
-        model, optimizer, scheduler = kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-        dense = dict(model.named_parameters())
-        get_efx_model(model, self.config, pretrained=True)
-        scale = self.options.switch_learning_rate_scale
-        for name, layer in factorised_layers(model).items():
-            old = dense[f"{name}.weight"]
-            new = [layer.weight, layer.factor_v]
-            states = factor_states(optimizer.state.pop(old, {}), layer, self.options.switch_optimizer_state)
-            optimizer.state.update({p: s for p, s in zip(new, states, strict=True) if s})
-            for group in optimizer.param_groups:
-                group["params"] = [q for p in group["params"] for q in (new if p is old else [p])]
-        for group in optimizer.param_groups:
-            group["lr"] *= scale
-        scheduler = getattr(scheduler, "scheduler", scheduler)
-        for key in ("base_lrs", "_last_lr"):  # the latter is what the Trainer logs
-            setattr(scheduler, key, [rate * scale for rate in getattr(scheduler, key)])
-
-
-class _StopAt(TrainerCallback):
-    """Saves and stops at a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.max_steps <= self.step:
-            raise ValueError(
-                f"dense_warmup_steps={self.step} leaves no factorised step of the run's {state.max_steps}: lower "
-                f"it, or train longer."
-            )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-class _FactorMetrics(TrainerCallback):
-    """Hands means over the factorised layers to the Trainer's next log."""
-
-    def __init__(self, trainer: LowRankTrainerMixin) -> None:
-        self.trainer = trainer
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not control.should_log or not factorised_layers(kwargs["model"]):
-            return
-        rows = low_rank_report(kwargs["model"]).layers
-        rate = kwargs["optimizer"].param_groups[0]["lr"]
-        columns = {
-            "frobenius_norm": [row.frobenius_norm for row in rows],
-            "effective_learning_rate": [rate / max(row.frobenius_norm, 1e-12) ** 2 for row in rows],
-            "effective_rank_share": [row.effective_rank / row.rank for row in rows],
-            "stable_rank": [row.stable_rank for row in rows],
-        }
-        self.trainer.add_metrics({f"low_rank/{name}": sum(v) / len(v) for name, v in columns.items()})
 
 
 def _step(checkpoint: str) -> int:
-    return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"]
+    return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_bytes())["global_step"]
 
 
-def _is_factorised(checkpoint: str) -> bool:
-    record = json.loads(Path(checkpoint, "config.json").read_text()).get("efx")
-    return any(entry["method"] == LowRankConfig.method for entry in (record or {}).get("methods", []))
+def _saved_record(checkpoint: str) -> dict[str, Any] | None:
+    """What a checkpoint's config.json says of methods; None without one, as adapters and plain modules are saved."""
+    config = Path(checkpoint, CONFIG_NAME)
+    return json.loads(config.read_bytes()).get("efx") if config.is_file() else None
+
+
+def _low_rank_entry(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    methods = (record or {"methods": []})["methods"]
+    return next((entry for entry in methods if entry["method"] == LowRankConfig.method), None)

@@ -67,9 +67,9 @@ def arguments(folder: Path, cls: type = LowRankArguments, **fields: Any) -> Any:
 DATA = [{"x": torch.ones(12), "labels": torch.tensor(0)} for _ in range(12)]
 
 
-def train(net: Any, folder: Path, **fields: Any) -> torch.Tensor:
+def train(net: Any, folder: Path, cls: type = LowRankTrainer, compute_loss: Any = None, **fields: Any) -> torch.Tensor:
     """Singular values of the product after training without any gradient."""
-    LowRankTrainer(net, arguments(folder, **fields), train_dataset=DATA).train()
+    cls(net, arguments(folder, **fields), train_dataset=DATA, compute_loss_func=compute_loss).train()
     return torch.linalg.svdvals(net.fc.product())[: net.fc.rank]
 
 
@@ -114,9 +114,25 @@ def test_decoupled_step_in_closed_form_uses_both_factors_from_before(tmp_path: P
     torch.testing.assert_close(got_v.detach(), v - RATE * STRENGTH * v @ (u.mT @ u))
 
 
+class OwnLoss(LowRankTrainer):
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return 3.0 * super().compute_loss(model, inputs, False, num_items_in_batch)  # pyright: ignore
+
+
 def test_decay_comes_once_an_optimiser_step(tmp_path: Path) -> None:
+    """Whatever the micro-batches, the names of a layer and the loss are."""
     once = train(model(), tmp_path, factor_decay=STRENGTH)
-    assert torch.equal(train(model(), tmp_path, factor_decay=STRENGTH, gradient_accumulation_steps=3), once)
+    accumulated = {"factor_decay": STRENGTH, "gradient_accumulation_steps": 3}
+    shared = model()
+    shared.again = shared.fc  # a layer under two names
+    assert torch.equal(train(shared, tmp_path, **accumulated), once)
+    assert torch.equal(train(model(), tmp_path, OwnLoss, **accumulated), once)
+    zero = lambda outputs, labels, num_items_in_batch: outputs["logits"].sum() * 0.0  # noqa: E731
+    assert torch.equal(train(model(), tmp_path, compute_loss=zero, **accumulated), once)
 
 
 def test_decay_follows_the_schedule(tmp_path: Path) -> None:
@@ -195,6 +211,10 @@ def test_model_without_factors_and_foreign_optimisers_are_refused(tmp_path: Path
         trainer.train()
     net = model()
     other = torch.optim.SGD([net.head.weight], lr=RATE)
+    frozen = model()
+    frozen.fc.requires_grad_(False)
+    with pytest.raises(ValueError, match="all factors are frozen"):
+        train(frozen, tmp_path, factor_decay=STRENGTH)
     callback: Any = FactorDecayCallback(STRENGTH)
     with pytest.raises(ValueError, match="the optimizer doesn't hold the factors"):
         callback.on_train_begin(options, None, None, model=net, optimizer=other)

@@ -66,11 +66,11 @@ def test_singular_values_of_a_product() -> None:
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 256), (256, 64), (768, 768)])
-@pytest.mark.parametrize("std", [0.02, 1.0])
-def test_gaussian_draws_look_random(shape: tuple[int, int], std: float) -> None:
-    for seed in range(5):
-        w = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
-        assert looks_random(torch.linalg.svdvals(w), *shape), (shape, seed)
+def test_gaussian_draws_look_random(shape: tuple[int, int]) -> None:
+    for seed in range(5 if max(shape) < 768 else 2):
+        sigma = torch.linalg.svdvals(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+        for std in (0.02, 1.0):
+            assert looks_random(sigma * std, *shape), (shape, seed, std)
 
 
 def test_other_initialisations_look_random() -> None:

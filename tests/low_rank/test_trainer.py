@@ -1,296 +1,32 @@
-"""The switch from dense to factorised inside a run. Decay: test_decay.py; two processes: test_matrix_processes.py."""
+"""Low rank in a Trainer: options, refusals, metrics. The switch: test_trainer_switch.py; decay: test_decay.py."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from matrix import ARCHITECTURES
-from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
-from two_processes import Kill, losses
+from torch import nn
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from transformers.trainer_utils import HPSearchBackend
 
-from hf_efx import DenseWarmupCallback, LowRankArguments, LowRankConfig, LowRankTrainer, get_efx_model
+from hf_efx import (
+    FactorDecayCallback,
+    LowRankArguments,
+    LowRankConfig,
+    LowRankTrainer,
+    SliceOutConfig,
+    TargetedDropoutConfig,
+    get_efx_model,
+    prune,
+)
 from hf_efx.core.model.adapter import efx_record
 from hf_efx.low_rank.arguments import LowRankArgumentsMixin
 from hf_efx.low_rank.decay import factorised_layers
-
-GPT2 = next(architecture for architecture in ARCHITECTURES if architecture.name == "gpt2")
-STEPS, SWITCH = 10, 5
-TOKENS = GPT2.batch(32)["input_ids"]
-DATA = [{"input_ids": tokens, "labels": tokens} for tokens in TOKENS]
-FULL = {"rank": 1.0, "only_if_smaller": False}
-
-
-def build(dropout: float = 0.1) -> Any:
-    """Dropout draws random numbers, so that a resume which loses their state shows."""
-    torch.manual_seed(0)
-    config = GPT2.config()
-    config.update({"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout})
-    return GPT2.auto.from_config(config)
-
-
-def arguments(folder: Path, cls: Any = LowRankArguments, **options: Any) -> Any:
-    defaults = {"max_steps": STEPS, "save_steps": 2, "learning_rate": 1e-2, "weight_decay": 0.1, "logging_steps": 1}
-    fixed = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "report_to": [], "disable_tqdm": True}
-    return cls(str(folder), use_cpu=True, **{**defaults, **fixed, **options})
-
-
-def trainer(folder: Path, config: Any = None, model: Any = None, **options: Any) -> LowRankTrainer:
-    options = {"dense_warmup_steps": SWITCH, **options}
-    config = LowRankConfig() if config is None else config
-    return LowRankTrainer(
-        build() if model is None else model,
-        arguments(folder, **options),
-        train_dataset=DATA,  # pyright: ignore
-        low_rank_config=config,
-    )
-
-
-def run(folder: Path, **kwargs: Any) -> LowRankTrainer:
-    result = trainer(folder, **kwargs)
-    result.train()
-    return result
-
-
-def state(run: Trainer) -> dict[str, torch.Tensor]:
-    return run.model.state_dict()  # pyright: ignore
-
-
-def assert_same_run(one: Trainer, other: Trainer) -> None:
-    """The same losses and the same last parameters and optimiser moments, bit for bit."""
-    assert losses(one) == losses(other)  # pyright: ignore
-    assert state(one).keys() == state(other).keys()
-    for key, value in state(other).items():
-        assert torch.equal(state(one)[key], value), key
-    names = [{p: name for name, p in each.model.named_parameters()} for each in (one, other)]  # pyright: ignore
-    moments = [
-        {table[p]: values["exp_avg_sq"] for p, values in each.optimizer.state.items()}  # pyright: ignore
-        for table, each in zip(names, (one, other), strict=True)
-    ]
-    assert moments[0].keys() == moments[1].keys()
-    assert all(torch.equal(moments[0][name], value) for name, value in moments[1].items())
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> LowRankTrainer:
-    """A run without a break."""
-    return run(tmp_path_factory.mktemp("whole"))
-
-
-# --- kill and resume
-
-
-# Checkpoints lie at 2, 4, 5 (the switch, still dense), 6, 8. The kill comes at a step's end, before its checkpoint.
-@pytest.mark.parametrize("step", [3, 5, 6, 7, 9])
-def test_killed_before_at_and_after_the_switch_it_resumes_bit_for_bit(
-    step: int, tmp_path: Path, whole: LowRankTrainer
-) -> None:
-    killed = trainer(tmp_path)
-    killed.add_callback(Kill(step))
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = trainer(tmp_path)
-    resumed.train(True)
-    assert_same_run(resumed, whole)
-
-
-def test_killed_while_it_switches_it_resumes_bit_for_bit(
-    tmp_path: Path, whole: LowRankTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed = trainer(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_efx.low_rank.trainer.convert_optimizer_state", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            killed.train()
-    assert (tmp_path / f"checkpoint-{SWITCH}").is_dir()
-    resumed = trainer(tmp_path)
-    resumed.train(True)
-    assert_same_run(resumed, whole)
-    assert not list(tmp_path.glob("factorised-*"))
-
-
-def _interrupt(*args: Any, **kwargs: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def test_named_checkpoint_of_each_phase_resumes(tmp_path: Path, whole: LowRankTrainer) -> None:
-    folder = Path(str(whole.args.output_dir))
-    for step in (2, SWITCH, 8):
-        resumed = trainer(tmp_path)
-        resumed.train(str(folder / f"checkpoint-{step}"))
-        assert_same_run(resumed, whole)
-
-
-def test_checkpoints_are_dense_up_to_the_switch_and_load_alone(whole: LowRankTrainer) -> None:
-    folder = Path(str(whole.args.output_dir))
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted(
-        f"checkpoint-{step}" for step in (2, 4, 5, 6, 8, 10)
-    )
-    for step in (2, 4, 5, 6, 8, 10):
-        model = AutoModelForCausalLM.from_pretrained(folder / f"checkpoint-{step}")
-        assert (efx_record(model) is not None) == (step > SWITCH)
-    assert all(torch.equal(value, state(whole)[key]) for key, value in model.state_dict().items())
-
-
-# --- the switch itself
-
-
-@pytest.mark.parametrize("optimizer_state", ["project", "reset"])
-def test_switch_at_full_rank_leaves_the_loss_where_it_was(optimizer_state: str, tmp_path: Path) -> None:
-    options = arguments(tmp_path / "dense", TrainingArguments)
-    dense = Trainer(build(), options, train_dataset=DATA)  # pyright: ignore
-    dense.train()
-    config = LowRankConfig(**FULL)
-    switched = run(tmp_path / "switched", config=config, switch_optimizer_state=optimizer_state)
-    before, after = losses(dense), losses(switched)  # pyright: ignore
-    assert after[:SWITCH] == before[:SWITCH]
-    assert abs(after[SWITCH] - before[SWITCH]) < 1e-5  # the first factorised forward
-    assert after[SWITCH + 1] != before[SWITCH + 1]
-
-
-def test_low_rank_switch_changes_the_loss(whole: LowRankTrainer, tmp_path: Path) -> None:
-    full = run(tmp_path, config=LowRankConfig(**FULL))
-    assert losses(whole)[:SWITCH] == losses(full)[:SWITCH]
-    assert abs(losses(whole)[SWITCH] - losses(full)[SWITCH]) > 1e-4
-
-
-@pytest.mark.parametrize("optimizer_state", ["project", "reset"])
-def test_callback_gives_the_same_trace_in_any_trainer(optimizer_state: str, tmp_path: Path) -> None:
-    ours = run(
-        tmp_path / "trainer", switch_optimizer_state=optimizer_state, switch_learning_rate_scale=0.5, save_steps=100
-    )
-    callback = DenseWarmupCallback(LowRankConfig(), SWITCH, optimizer_state, learning_rate_scale=0.5)
-    options = arguments(tmp_path / "callback", TrainingArguments, save_strategy="no")
-    plain = Trainer(build(), options, train_dataset=DATA, callbacks=[callback])  # pyright: ignore
-    plain.train()
-    assert losses(plain) == losses(ours)  # pyright: ignore
-    assert rates(plain) == pytest.approx(rates(ours), rel=1e-12)
-    assert all(torch.equal(value, state(ours)[key]) for key, value in state(plain).items())
-
-
-def rates(run: Trainer) -> list[float]:
-    return [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
-
-
-def test_learning_rate_is_scaled_from_the_switch_on(whole: LowRankTrainer, tmp_path: Path) -> None:
-    scaled = rates(run(tmp_path, switch_learning_rate_scale=0.5))
-    # linear from 0.01 to 0 in 10 steps; a step's log shows the rate of that step
-    assert rates(whole) == pytest.approx([0.01 * (1 - i / STEPS) for i in range(STEPS)])
-    expected = [rate * (0.5 if i >= SWITCH else 1.0) for i, rate in enumerate(rates(whole))]
-    assert scaled == pytest.approx(expected)
-
-
-def test_projected_moments_reach_the_optimiser_and_reset_ones_don_t(tmp_path: Path) -> None:
-    class Look(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == SWITCH:
-                states = kwargs["optimizer"].state
-                self.states = {n: copy.deepcopy(states.get(p, {})) for n, p in kwargs["model"].named_parameters()}
-
-    seen = {}
-    for mode in ("project", "reset"):
-        look = Look()
-        switching = trainer(tmp_path / mode, switch_optimizer_state=mode)
-        switching.add_callback(look)
-        switching.train()
-        seen[mode] = look.states
-    name = "transformer.h.0.mlp.c_fc.factor_v"
-    assert seen["project"][name]["step"] == SWITCH and seen["project"][name]["exp_avg"].abs().max() > 0
-    assert seen["project"][name]["exp_avg"].shape == (8, 32)
-    assert not seen["reset"][name]
-    untouched = "transformer.wte.weight"
-    assert torch.equal(seen["reset"][untouched]["exp_avg"], seen["project"][untouched]["exp_avg"])
-
-
-@pytest.mark.parametrize("warmup", [0, SWITCH])
-def test_factor_decay_takes_the_factors_out_of_weight_decay(warmup: int, tmp_path: Path) -> None:
-    for strength, decayed in ((0.0, True), (0.05, False)):
-        done = run(tmp_path / str(strength), dense_warmup_steps=warmup, factor_decay=strength)
-        groups = done.optimizer.param_groups  # pyright: ignore
-        held = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-        for layer in factorised_layers(done.model).values():  # pyright: ignore
-            assert {held[id(layer.weight)], held[id(layer.factor_v)]} == {0.1 if decayed else 0.0}
-        assert held[id(done.model.transformer.wte.weight)] == 0.1  # pyright: ignore
-        assert held[id(done.model.transformer.h[0].mlp.c_fc.bias)] == 0.0  # pyright: ignore
-
-
-def test_factor_metrics_are_logged(tmp_path: Path) -> None:
-    done = run(tmp_path, log_factor_metrics=True)
-    names = {"frobenius_norm", "effective_learning_rate", "effective_rank_share", "stable_rank"}
-    logs = [entry for entry in done.state.log_history if "loss" in entry]
-    for i, entry in enumerate(logs):
-        assert {key.removeprefix("low_rank/") for key in entry if key.startswith("low_rank/")} == (
-            names if i >= SWITCH else set()
-        )
-    assert 0 < logs[-1]["low_rank/effective_rank_share"] <= 1
-    assert logs[-1]["low_rank/stable_rank"] >= 1
-
-
-def test_best_dense_checkpoint_is_not_loaded_into_the_factorised_model(tmp_path: Path) -> None:
-    # The rate grows so much after the switch that the best loss is a dense one.
-    done = LowRankTrainer(
-        build(),
-        arguments(
-            tmp_path,
-            dense_warmup_steps=SWITCH,
-            switch_learning_rate_scale=300.0,
-            eval_strategy="steps",
-            eval_steps=1,
-            save_steps=1,
-            save_total_limit=1,
-            load_best_model_at_end=True,
-        ),
-        train_dataset=DATA,  # pyright: ignore
-        eval_dataset=DATA[:4],  # pyright: ignore
-        low_rank_config=LowRankConfig(),
-    )
-    done.train()
-    figures = {e["step"]: e["eval_loss"] for e in done.state.log_history if "eval_loss" in e}
-    assert min(figures, key=figures.__getitem__) <= SWITCH
-    assert done.state.best_global_step > SWITCH  # pyright: ignore
-    assert len(factorised_layers(done.model)) == 8  # pyright: ignore
-    assert done.evaluate()["eval_loss"] == pytest.approx(figures[done.state.best_global_step])  # pyright: ignore
-
-
-def test_stopped_before_the_switch_it_stays_dense(tmp_path: Path) -> None:
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            control.should_training_stop = state.global_step == 3
-            return control
-
-    stopped = trainer(tmp_path)
-    stopped.add_callback(Stop())
-    stopped.train()
-    assert stopped.state.global_step == 3 and efx_record(stopped.model) is None  # pyright: ignore
-
-
-# --- without a switch
-
-
-def test_it_factorises_at_the_start(tmp_path: Path) -> None:
-    made = trainer(tmp_path, dense_warmup_steps=0)
-    assert len(factorised_layers(made.model)) == 8  # pyright: ignore
-    ready = get_efx_model(build(), LowRankConfig(rank=2))
-    without = LowRankTrainer(ready, arguments(tmp_path), train_dataset=DATA)  # pyright: ignore
-    config = LowRankConfig(rank=2).method_fields()
-    assert efx_record(without.model)["methods"][0]["config"] == config  # pyright: ignore
-
-
-@pytest.mark.parametrize("warmup", [0, SWITCH])
-def test_model_init_gives_a_factorised_run_too(warmup: int, tmp_path: Path) -> None:
-    made = LowRankTrainer(
-        args=arguments(tmp_path, dense_warmup_steps=warmup),
-        model_init=lambda: build(),
-        train_dataset=DATA,  # pyright: ignore
-        low_rank_config=LowRankConfig(),
-    )
-    made.train()
-    assert len(factorised_layers(made.model)) == 8  # pyright: ignore
-
-
-# --- what is refused, before any work
+from low_rank.switching import DATA, SWITCH, arguments, build, losses, run, state, trainer
 
 
 def refused(words: str, make: Callable[[], Any]) -> None:
@@ -298,35 +34,108 @@ def refused(words: str, make: Callable[[], Any]) -> None:
         make()
 
 
-def test_contradictions_are_refused_at_once(tmp_path: Path) -> None:
-    def with_optimizer() -> LowRankTrainer:
-        model = build()
-        ready = (torch.optim.SGD(model.parameters()), None)
-        options = arguments(tmp_path, dense_warmup_steps=5)
-        return LowRankTrainer(model, options, optimizers=ready, low_rank_config=LowRankConfig())  # pyright: ignore
-
-    plain = arguments(tmp_path, TrainingArguments)
-    no_config = arguments(tmp_path, dense_warmup_steps=5)
-    factorised = get_efx_model(build(), LowRankConfig())
-    refused("args is a TrainingArguments: pass LowRankArguments", lambda: LowRankTrainer(build(), plain))
-    refused("dense_warmup_steps=5 needs low_rank_config", lambda: LowRankTrainer(build(), no_config))
-    refused("init='he' discards the pretrained", lambda: trainer(tmp_path, config=LowRankConfig(init="he")))
-    refused("save_only_model=True is refused", lambda: trainer(tmp_path, save_only_model=True))
-    refused("a ready one can't be passed in `optimizers`", with_optimizer)
-    refused("dense_warmup_steps=5.*carries hf_efx methods already", lambda: trainer(tmp_path, model=factorised))
+# --- the structure
 
 
-def test_switch_past_the_end_is_refused_before_a_step(tmp_path: Path) -> None:
-    late = trainer(tmp_path, dense_warmup_steps=STEPS)
-    before = {key: value.clone() for key, value in state(late).items()}
-    refused(f"dense_warmup_steps={STEPS} leaves no factorised step of the run's {STEPS}", late.train)
-    assert all(torch.equal(value, before[key]) for key, value in state(late).items())
+def test_it_factorises_at_the_start(tmp_path: Path) -> None:
+    assert len(factorised_layers(trainer(tmp_path, dense_warmup_steps=0).model)) == 8  # pyright: ignore
+    ready = get_efx_model(build(), LowRankConfig(rank=2))
+    for config in (None, LowRankConfig(rank=2)):  # a config that says what is there already changes nothing
+        made = LowRankTrainer(ready, arguments(tmp_path), train_dataset=DATA, low_rank_config=config)
+        assert {layer.rank for layer in factorised_layers(made.model).values()} == {2}  # pyright: ignore
 
 
-def test_dense_checkpoint_past_the_switch_is_refused(whole: LowRankTrainer, tmp_path: Path) -> None:
-    checkpoint = Path(str(whole.args.output_dir)) / "checkpoint-4"
-    early = trainer(tmp_path, dense_warmup_steps=3)
-    refused(r"checkpoint-4'.* is dense at step 4, past dense_warmup_steps=3", lambda: early.train(str(checkpoint)))
+def test_trainers_arguments_are_the_base_class_own_and_have_defaults(tmp_path: Path, monkeypatch: Any) -> None:
+    ours, base = (dict(inspect.signature(cls.__init__).parameters) for cls in (LowRankTrainer, Trainer))
+    assert [*base, "low_rank_config"] == list(ours)
+    assert all(ours[name].default == parameter.default for name, parameter in base.items())
+    monkeypatch.chdir(tmp_path)
+    made = LowRankTrainer(build(), train_dataset=DATA)
+    assert type(made.args) is LowRankArguments and made.args.output_dir == "tmp_trainer"
+
+
+def pruned(model: Any) -> Any:
+    prune(model, 0.5, target_modules=["c_fc"])
+    return model
+
+
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "slice_out": lambda model: get_efx_model(model, SliceOutConfig(targets=["mlp"])),
+    "targeted_dropout": lambda model: get_efx_model(model, TargetedDropoutConfig(target_modules=["c_fc"])),
+    "pruned": pruned,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_beside_another_method_it_factorises_or_says_why_not(other: str, tmp_path: Path) -> None:
+    config = LowRankConfig(target_modules=["c_attn"])
+    made = trainer(tmp_path, config, OTHERS[other](build()), dense_warmup_steps=0)
+    assert len(factorised_layers(made.model)) == 2  # pyright: ignore
+    taken = lambda: trainer(tmp_path, LowRankConfig(), OTHERS[other](build()), dense_warmup_steps=0)  # noqa: E731
+    refused("LowRankConfig: .*(acts on module|is pruned)", taken)
+    late = lambda: trainer(tmp_path, config, OTHERS[other](build()))  # noqa: E731
+    refused(f"dense_warmup_steps={SWITCH} trains dense first, but the model carries hf_efx methods", late)
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "model_init"])
+def test_copies_of_a_factorised_model_train_as_it_does(copied: str, tmp_path: Path) -> None:
+    ready = get_efx_model(build(), LowRankConfig())
+    expected = run(tmp_path, None, copy.deepcopy(ready), dense_warmup_steps=0, max_steps=2)
+    if copied == "deepcopy":
+        plain = Trainer(copy.deepcopy(ready), arguments(tmp_path, max_steps=2), train_dataset=DATA)  # pyright: ignore
+    else:
+        plain = LowRankTrainer(
+            args=arguments(tmp_path, max_steps=2), model_init=lambda: copy.deepcopy(ready), train_dataset=DATA
+        )
+    plain.train()
+    assert losses(plain) == losses(expected)
+
+
+# --- options
+
+
+def test_what_is_set_on_args_counts_when_training_begins(tmp_path: Path) -> None:
+    expected = run(tmp_path, dense_warmup_steps=0, max_steps=2, factor_decay=0.5)
+    later = trainer(tmp_path, dense_warmup_steps=0, max_steps=2)
+    later.args.factor_decay = 0.5  # pyright: ignore
+    later.train()
+    assert all(torch.equal(value, state(later)[key]) for key, value in state(expected).items())
+    later.args.factor_decay = 0.1  # pyright: ignore
+    later.train()  # instead of the first run's decay, not beside it
+    decays = [c for c in later.callback_handler.callbacks if isinstance(c, FactorDecayCallback)]
+    assert [decay.strength for decay in decays] == [0.1]
+    back = trainer(tmp_path, max_steps=2, factor_decay=0.5)
+    back.args.dense_warmup_steps = 0  # pyright: ignore
+    back.train()
+    assert all(torch.equal(value, state(back)[key]) for key, value in state(expected).items())
+    back.args.factor_decay = -1.0  # pyright: ignore
+    refused("factor_decay=-1.0: expected a strength of 0 or more", back.train)
+    begun = trainer(tmp_path, dense_warmup_steps=0)
+    begun.args.dense_warmup_steps = SWITCH  # pyright: ignore
+    refused(f"dense_warmup_steps={SWITCH} trains dense first, but the model carries", begun.train)
+
+
+def test_a_search_s_values_and_folders_hold_for_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `hyperparameter_search` does for two trials, without its backend."""
+    monkeypatch.setattr("transformers.integrations.integration_utils.hp_params", lambda trial: trial.params)
+    searching = LowRankTrainer(
+        args=arguments(tmp_path / "search", dense_warmup_steps=0),
+        model_init=lambda: build(),
+        train_dataset=DATA,
+        low_rank_config=LowRankConfig(),
+    )
+    searching.hp_search_backend, searching.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    for number, params in enumerate(({"dense_warmup_steps": SWITCH, "factor_decay": 0.3}, {"dense_warmup_steps": 0})):
+        searching.train(trial=type("Trial", (), {"number": number, "params": params})())
+        alone = LowRankTrainer(
+            args=arguments(tmp_path / str(number), **{"factor_decay": 0.3, **params}),
+            model_init=lambda: build(),
+            train_dataset=DATA,
+            low_rank_config=LowRankConfig(),
+        )
+        alone.train()
+        assert losses(searching) == losses(alone)
+        assert (tmp_path / f"search/run-{number}/checkpoint-{SWITCH}").is_dir() == (number == 0)
 
 
 @pytest.mark.parametrize(
@@ -351,16 +160,119 @@ def test_options_parse_from_the_command_line(tmp_path: Path) -> None:
     assert (parsed.dense_warmup_steps, parsed.factor_decay, parsed.factor_decay_decoupled) == (7, 0.5, False)
 
 
-def test_callback_refuses_what_it_cannot_do() -> None:
-    def begin(**changed: int) -> Callable[[], None]:
-        values = {"world_size": 1, "global_step": 0, **changed}
-        args, state = (type("Fake", (), values)() for _ in range(2))
-        callback: Any = DenseWarmupCallback(LowRankConfig(), 5)
-        return lambda: callback.on_train_begin(args, state, None)
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "no"])
+def test_factor_metrics_are_in_every_training_log(strategy: str, tmp_path: Path) -> None:
+    done = run(tmp_path, log_factor_metrics=True, logging_strategy=strategy)
+    names = {"frobenius_norm", "effective_learning_rate", "effective_rank_share", "stable_rank"}
+    logs = [entry for entry in done.state.log_history if "loss" in entry or "train_loss" in entry]
+    assert len(logs) == {"steps": 7, "epoch": 3, "no": 1}[strategy]  # the last is the summary
+    for entry in logs:
+        shown = {key.removeprefix("low_rank/") for key in entry if key.startswith("low_rank/")}
+        assert shown == (names if entry["step"] > SWITCH else set())
+    assert 0 < logs[-1]["low_rank/effective_rank_share"] <= 1
+    assert logs[-1]["low_rank/stable_rank"] >= 1
 
-    begin()()
-    begin(global_step=5)()
-    refused("one process and no resume past its step.*world_size=2.*Use LowRankTrainer", begin(world_size=2))
-    refused("global_step=6, steps=5", begin(global_step=6))
-    refused("init='spectral_ones' discards", lambda: DenseWarmupCallback(LowRankConfig(init="spectral_ones"), 5))
-    refused("dense_warmup_steps=-5", lambda: DenseWarmupCallback(LowRankConfig(), -5))
+
+# --- what is refused: contradictions at once, the rest before the first step
+
+
+def test_contradictions_are_refused_at_once(tmp_path: Path) -> None:
+    def ready(which: int, warmup: int) -> Callable[[], LowRankTrainer]:
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters())
+        given: Any = [(optimizer, None), (None, torch.optim.lr_scheduler.StepLR(optimizer, 1))][which]
+        options = arguments(tmp_path, dense_warmup_steps=warmup)
+        return lambda: LowRankTrainer(model, options, optimizers=given, low_rank_config=LowRankConfig())
+
+    plain: Any = arguments(tmp_path, TrainingArguments)
+    no_config = arguments(tmp_path, dense_warmup_steps=5)
+    factorised = get_efx_model(build(), LowRankConfig())
+    bare: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    refused("args is a TrainingArguments: pass LowRankArguments", lambda: LowRankTrainer(build(), plain))
+    refused("dense_warmup_steps=5 needs low_rank_config", lambda: LowRankTrainer(build(), no_config))
+    refused("init='he' discards the pretrained", lambda: trainer(tmp_path, LowRankConfig(init="he")))
+    refused("save_only_model=True is refused", lambda: trainer(tmp_path, save_only_model=True))
+    refused("ready ones can't be passed in `optimizers`", ready(0, 5))
+    refused("ready ones can't be passed in `optimizers`", ready(1, 5))
+    refused("optimizers holds the dense weights.*make the optimizer then", ready(0, 0))
+    refused("dense_warmup_steps=3.*carries hf_efx methods already", lambda: trainer(tmp_path, model=factorised))
+    refused(
+        "the model is factorised already, with rank=0.25, but low_rank_config has rank=2",
+        lambda: trainer(tmp_path, LowRankConfig(rank=2), factorised, dense_warmup_steps=0),
+    )
+    refused("goes by config.json, which a Sequential doesn't save", lambda: trainer(tmp_path, model=bare))
+    refused(
+        "log_factor_metrics=True: the model has no factorised layer",
+        lambda: LowRankTrainer(build(), arguments(tmp_path, log_factor_metrics=True), train_dataset=DATA),
+    )
+
+
+def test_weights_that_were_loaded_are_not_discarded(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "dense")
+    loaded = type(build()).from_pretrained(tmp_path / "dense")
+    config = LowRankConfig(init="he")
+    refused("init='he' discards", lambda: trainer(tmp_path, config, loaded, dense_warmup_steps=0))
+    assert factorised_layers(trainer(tmp_path, config, dense_warmup_steps=0).model)  # pyright: ignore
+
+
+class Layerwise(LowRankTrainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        self.optimizer = LayerWiseDummyOptimizer()
+        return self.optimizer
+
+
+class ListLoader(LowRankTrainer):
+    def get_train_dataloader(self) -> Any:
+        return [self.data_collator(DATA[i : i + 2]) for i in range(0, len(DATA), 2)]
+
+
+class OneCycle(LowRankTrainer):
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.01, num_training_steps)  # pyright: ignore
+        return self.lr_scheduler
+
+
+LATE: list[tuple[str, Any, dict[str, Any], str]] = [
+    ("length", LowRankTrainer, {"dense_warmup_steps": 6}, "dense_warmup_steps=6 leaves no factorised step .*run's 6"),
+    ("optim", LowRankTrainer, {"optim": "adafactor"}, r"states of Adafactor \(optim='adafactor'\).*'reset'"),
+    ("layerwise", Layerwise, {}, "LayerWiseDummyOptimizer .*layer by layer.*Choose another optim"),
+    ("schedule", OneCycle, {"switch_learning_rate_scale": 0.5}, "scale=0.5: a OneCycleLR sets rates by a state"),
+    ("loader", ListLoader, {}, "get_train_dataloader gives a list"),
+    ("target", LowRankTrainer, {"config": {"target_modules": ["nothing"]}}, "matches no module"),
+    ("rank", LowRankTrainer, {"config": {"rank": 99}}, r"rank=99 is above min\(in, out\)"),
+    (
+        "budget",
+        LowRankTrainer,
+        {"config": {"rank": "auto", "parameter_budget": 9}},
+        "parameter_budget=9 is below 1152, what rank 1 everywhere takes",
+    ),
+    ("twice", LowRankTrainer, {"factor_decay": 0.1, "callbacks": [FactorDecayCallback(0.1)]}, "would both decay"),
+]
+
+
+@pytest.mark.parametrize(("cls", "options", "words"), [case[1:] for case in LATE], ids=[case[0] for case in LATE])
+def test_what_the_switch_can_t_do_is_refused_before_a_step(
+    cls: Any, options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise AssertionError("a step began")
+
+    options = dict(options)
+    config, callbacks = LowRankConfig(**options.pop("config", {})), options.pop("callbacks", [])
+    made = cls(
+        build(),
+        arguments(tmp_path, **{"dense_warmup_steps": SWITCH, **options}),
+        train_dataset=DATA,
+        low_rank_config=config,
+        callbacks=[*callbacks, Steps()],
+    )
+    refused(words, made.train)
+    assert efx_record(made.model) is None
+
+
+@pytest.mark.parametrize("launcher", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_parameters_are_refused(launcher: str, tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    setattr(made, launcher, True)
+    refused("FSDP and DeepSpeed shard. Use DDP", made.train)
