@@ -167,9 +167,13 @@ def test_a_record_without_some_fields_takes_today_s_defaults() -> None:
 
 # --- composite configs
 
-TEXT: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
-VISION: dict[str, Any] = {**TEXT, "image_size": 8, "patch_size": 4}
-VISION.pop("vocab_size")
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+TEXT, VISION = {**SIZES, "vocab_size": 40}, {**SIZES, "image_size": 8, "patch_size": 4}
 
 
 def encoder_decoder() -> Any:
