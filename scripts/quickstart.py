@@ -68,8 +68,8 @@ def job(options: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from hf_efx.low_rank.train_gpt2 import plot_losses
     from hf_efx.programs.causal_lm import DataOptions, load_corpus
+    from hf_efx.programs.task_report import plot_losses
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -92,7 +92,7 @@ def job(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plot_losses({name: trainer.state.log_history for name, trainer in trainers.items()}, folder / PLOT)
     best = min((name for name in RUNS if name != "dense"), key=lambda name: rows[name]["eval_perplexity"])
-    save(folder, trainers[best].model, best, corpus, rows, steps, options.seed)
+    save(folder, trainers[best], best, corpus, rows, steps, options.seed)
     print(f"\nThe best low-rank model ({best}), its card, {PLOT} and {RESULTS} are in {folder}.")
     print("A new process: import hf_efx, then AutoModelForCausalLM.from_pretrained ...", flush=True)
     subprocess.run([sys.executable, __file__, "--check", str(folder)], check=True)
@@ -106,8 +106,9 @@ def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = (
     from transformers import PrinterCallback
 
     from hf_efx import LowRankArguments, LowRankConfig
-    from hf_efx.low_rank.causal_lm import causal_lm_trainer, scratch_model
+    from hf_efx.low_rank.program import low_rank_trainer, prepared
     from hf_efx.programs.model_options import ModelOptions
+    from hf_efx.programs.task_data import causal_task
 
     factors = RUNS[name]
     config = LowRankConfig(rank=RANK, **factors) if factors else None
@@ -127,8 +128,9 @@ def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = (
         dataloader_pin_memory=False,
         report_to="none",
     )
-    model = scratch_model(ModelOptions(config_overrides=MODEL), corpus.tokenizer, seed, config)
-    trainer = causal_lm_trainer(model, corpus, args, callbacks=callbacks)
+    task = causal_task(corpus)
+    model = prepared(task.model_init(seed, ModelOptions(config_overrides=MODEL)), config)
+    trainer = low_rank_trainer(task, model, args, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -154,7 +156,9 @@ def train_all(corpus: Any, steps: int, seed: int) -> tuple[dict[str, Any], dict[
     )
     from transformers import TrainerCallback
 
-    from hf_efx.low_rank.causal_lm import train_causal_lm
+    from hf_efx.low_rank.program import cost_figures
+    from hf_efx.programs.task_data import causal_task
+    from hf_efx.programs.task_run import finish_run
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     text = (TextColumn("{task.description:14}"), TextColumn("{task.fields[note]}"))
@@ -177,7 +181,9 @@ def train_all(corpus: Any, steps: int, seed: int) -> tuple[dict[str, Any], dict[
         for name in RUNS:
             trainers[name] = trainer_of(name, corpus, steps, seed, [Bar(tasks[name])])
             progress.start_task(tasks[name])
-            rows[name] = train_causal_lm(trainers[name])
+            output = trainers[name].train()
+            run = finish_run(name, trainers[name], causal_task(corpus), output.metrics)
+            rows[name] = {**run.figures, **cost_figures(trainers[name])}
             progress.update(tasks[name], note=f"validation perplexity {rows[name]['eval_perplexity']:.2f}")
             progress.stop_task(tasks[name])
             if not progress.console.is_terminal:  # a log file shows no bars
@@ -215,15 +221,17 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def save(
-    folder: Path, model: Any, best: str, corpus: Any, rows: dict[str, dict[str, Any]], steps: int, seed: int
+    folder: Path, trainer: Any, best: str, corpus: Any, rows: dict[str, dict[str, Any]], steps: int, seed: int
 ) -> None:
     """Checkpoint, tokenizer, card, results, and logits for the check."""
     import torch
     from safetensors.torch import save_file
 
     from hf_efx.core.results.evidence import public_command, write_results
-    from hf_efx.low_rank.train_gpt2 import write_causal_lm_card
+    from hf_efx.programs.task_data import causal_task
+    from hf_efx.programs.task_report import write_task_card
 
+    model = trainer.model
     model.eval().cpu().save_pretrained(folder)
     corpus.tokenizer.save_pretrained(folder)
     ids = torch.tensor(corpus.validation[:2]["input_ids"])
@@ -250,7 +258,18 @@ def save(
         settings={"rank": RANK, "model": MODEL, **training},
         plot=PLOT,
     )
-    write_causal_lm_card(folder, model, corpus, rows[best], training, NOTE, comparison=table(rows), plot=PLOT)
+    write_task_card(
+        folder,
+        trainer,
+        causal_task(corpus),
+        rows[best],
+        method="low_rank",
+        configuration={"rank": RANK, **(RUNS[best] or {})},
+        note=NOTE,
+        training=training,
+        comparison=table(rows),
+        plot=PLOT,
+    )
 
 
 def check(folder: Path) -> None:
