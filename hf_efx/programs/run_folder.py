@@ -50,6 +50,8 @@ class RunFolder:
     def check(self, resume: bool) -> None:
         """Refuses a folder where another run's checkpoints lie, which this run would take now, or once it is cut.
 
+        Settings that aren't known yet are not compared.
+
         Raises:
             ValueError: With what differs, and the way out.
         """
@@ -64,6 +66,7 @@ class RunFolder:
         known, own = there["settings"], self._plain()
         if not resume:
             known, own = {**known, **there["length"]}, {**own, **self.length}
+        known = {name: value for name, value in known.items() if name in own}
         if known != own:
             raise ValueError(
                 f"output_dir={str(self.path)!r} holds a run with other settings ({_differences(known, own)}): give "

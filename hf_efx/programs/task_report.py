@@ -224,7 +224,7 @@ def write_task_card(
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     recorded: list[str] = [entry["method"] for entry in (efx_record(model) or {"methods": []})["methods"]]
-    methods = list(dict.fromkeys([*recorded, *([method] if configuration else [])]))
+    methods = recorded + ([method] if configuration and method not in recorded else [])
     dense = figures.get("dense_parameters", figures["parameters"])
     size = "" if dense == figures["parameters"] else f" ({dense:,} with dense layers)"
     kind = f"trained by {', '.join(METHODS[name].title for name in methods)}" if methods else "by dense training"

@@ -169,6 +169,7 @@ class TaskJob:
             "weights": weights_fingerprint(model),
             "model": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},
         }
+        self._check(self._folder_of(self.args, {}))
 
     @property
     def folder(self) -> Path:
@@ -189,11 +190,17 @@ class TaskJob:
         alone: dict[str, Any] = {"push_to_hub": False, "report_to": [], "resume_from_checkpoint": None}
         return dataclasses.replace(self.args, output_dir=str(self.folder / COMPARED / name), **alone, **changed)
 
-    def folder_of(self, plan: PlannedRun, args: Any = None) -> RunFolder:
+    def folder_of(self, plan: PlannedRun) -> RunFolder:
         """Where a run is kept, and what it must share with what lies there."""
-        args = args or plan.args
-        settings = {"run": plan.name, **self.start, "args": training_settings(args), **plan.settings}
+        return self._folder_of(plan.args, {"run": plan.name, **plan.settings})
+
+    def _folder_of(self, args: Any, settings: Mapping[str, Any]) -> RunFolder:
+        settings = {**self.start, "args": training_settings(args), **settings}
         return RunFolder(Path(str(args.output_dir)), settings, {name: getattr(args, name) for name in LENGTH})
+
+    def _check(self, own: RunFolder) -> None:
+        if not isinstance(self.resume, str):  # a checkpoint that is named is taken, whosever it is
+            own.check(self.resume is True)
 
     def train(self, own: PlannedRun, beside: Sequence[PlannedRun] = ()) -> tuple[Any, list[Run]]:
         """Trains the program's own run and saves its model, then those beside it, for as many steps.
@@ -208,8 +215,7 @@ class TaskJob:
             RuntimeError: If a run fails after its first step.
         """
         resume = self.resume
-        if not isinstance(resume, str):  # a checkpoint that is named is taken, whosever it is
-            self.folder_of(own).check(resume is True)
+        self._check(self.folder_of(own))
         for plan in beside:
             if resume:
                 self.folder_of(plan).check(resume=True)

@@ -232,9 +232,9 @@ def load_selecting_job(
     ready = irreducible.irreducible_losses if needed else None
     losses = load_irreducible_losses(ready) if ready else None
     source = (irreducible.irreducible if losses is None else settings_of(losses)) if needed else None
-    job = TaskJob.load(method, command, args, with_holdout_share(task_options, source), model_options, plot)
-    if CORRUPTED_COLUMN in job.task.train.column_names:
+    if task_options.label_noise:
         args.corrupted_column = args.corrupted_column or CORRUPTED_COLUMN
+    job = TaskJob.load(method, command, args, with_holdout_share(task_options, source), model_options, plot)
     if not needed or losses is not None:
         return job, Table(losses)
     return job, make_irreducible_losses(job, irreducible, args.granularity)
