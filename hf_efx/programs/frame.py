@@ -13,7 +13,8 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 
 from hf_efx.core.results.evidence import public_command
 from hf_efx.core.results.plots import matplotlib_pyplot
@@ -76,9 +77,33 @@ def _check_start(options: Any) -> None:
         _check_writable(str(output_dir))
     if isinstance(options, TrainingArguments):
         _set_up_logging(options.process_index)
+        _check_arguments(options)
         if options.push_to_hub:
             name = options.hub_model_id or Path(str(options.output_dir)).absolute().name
             check_push("hub_model_id", name, options.hub_token)
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    """Refuses arguments that transformers would first look at when training begins, or when it has ended."""
+    for name in args.report_to or []:
+        if name not in ("none", "all", *get_available_reporting_integrations()):
+            raise ValueError(f"report_to={name!r} isn't installed: install it, or pass --report_to none.")
+    if args.prediction_loss_only or (args.label_names and "labels" not in args.label_names):
+        name = "prediction_loss_only" if args.prediction_loss_only else "label_names"
+        raise ValueError(f"{name}={getattr(args, name)!r} leaves an evaluation without its metric: leave it out.")
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # pyright: ignore[reportArgumentType]
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={args.lr_scheduler_type.value!r} can't be made ({error}): give its options with "
+            f"--lr_scheduler_kwargs, as in '{{\"num_decay_steps\": 10}}', or choose another."
+        ) from error
 
 
 def _check_writable(output_dir: str) -> None:

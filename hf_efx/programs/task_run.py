@@ -154,12 +154,7 @@ class TaskJob:
 
     def __post_init__(self) -> None:
         self.card, self.args.model_card = self.args.model_card, False  # `write` says more than one written on a push
-        names = [f"eval_{name}" for name in ("loss", *self.task.metrics)]
-        wanted = self.args.metric_for_best_model
-        if wanted and wanted not in names and f"eval_{wanted}" not in names:
-            raise ValueError(
-                f"metric_for_best_model={wanted!r}: an evaluation gives {', '.join(names)}. Name one of these."
-            )
+        _check_arguments(self.args, self.task)
         model = self.model()  # what can't be used shows before anything is trained
         config = model.config.to_dict()
         self.start = {
@@ -260,6 +255,26 @@ class TaskJob:
             if trainer.is_world_process_zero():
                 folder.write(run)
         return run
+
+
+def _check_arguments(args: Any, task: LearningTask) -> None:
+    """Refuses arguments that don't go with the task and would end a run at an evaluation."""
+    names = [f"eval_{name}" for name in ("loss", *task.metrics)]
+    wanted, batch = args.metric_for_best_model, args.per_device_eval_batch_size * args.world_size
+    if wanted and wanted not in names and f"eval_{wanted}" not in names:
+        raise ValueError(
+            f"metric_for_best_model={wanted!r}: an evaluation gives {', '.join(names)}. Name one of these."
+        )
+    if args.dataloader_drop_last and batch > len(task.validation):
+        raise ValueError(
+            f"dataloader_drop_last=True leaves none of the {len(task.validation)} validation examples, fewer than a "
+            f"batch of {batch}: lower per_device_eval_batch_size."
+        )
+    if args.neftune_noise_alpha and task.tokenizer is None:
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} is noise on token embeddings, which task={task.task!r} "
+            f"hasn't: leave it out."
+        )
 
 
 def _with_ids(part: Any) -> Any:

@@ -24,6 +24,7 @@ from program_runs import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 SHORT = [*QUIET, "--max_steps", 4, "--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2, "--no_plot"]
 SHORT += ["--per_device_train_batch_size", 4, "--learning_rate", "1e-2"]
@@ -169,35 +170,42 @@ def test_a_checkpoint_s_weights_are_what_a_run_starts_from(
     assert "weights: " in refused("low_rank", capsys, *start, "--model", first, *RESUME)
 
 
+REFUSED = {
+    "unwritable": (["--output_dir", "FILE/out"], "can't be written (Not a directory): name another with --output_dir"),
+    "push": (["--push_to_hub", "--hub_model_id", "no one/model"], "hub_model_id='no one/model' can't be pushed to"),
+    "metric": (["--metric_for_best_model", "f1"], "metric_for_best_model='f1': an evaluation gives eval_loss, eval_"),
+    "no metric": (["--prediction_loss_only"], "prediction_loss_only=True leaves an evaluation without its metric"),
+    "empty": (["--dataloader_drop_last", "--per_device_eval_batch_size", 500], "dataloader_drop_last=True leaves none"),
+    "checkpoint": (["--resume_from_checkpoint", "./not-there"], "'./not-there' is no complete checkpoint"),
+    "data": (["--dataset", "./not-there"], "there is no such"),
+    "model": (["--model", "./not-there"], "model_name_or_path='./not-there': there is no such folder"),
+    "precision": (["--tf32", "true"], "tf32"),
+    "optimizer": (["--optim", "adamw_8bit"], "bitsandbytes"),
+    "schedule": (["--lr_scheduler_type", "warmup_stable_decay"], "lr_scheduler_type='warmup_stable_decay' can't be"),
+    "tracker": (["--report_to", "wandb"], "report_to='wandb' isn't installed"),
+}
+
+
 @every_program
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--output_dir", "FILE/out"], "can't be written (Not a directory): name another with --output_dir"),
-        (["--push_to_hub", "--hub_model_id", "no one/model"], "hub_model_id='no one/model' can't be pushed to"),
-        (["--metric_for_best_model", "f1"], "metric_for_best_model='f1': an evaluation gives eval_loss, eval_"),
-        (["--resume_from_checkpoint", "./not-there"], "'./not-there' is no complete checkpoint"),
-        (["--dataset", "./not-there"], "there is no such"),
-        (["--model", "./not-there"], "model_name_or_path='./not-there': there is no such folder"),
-        (["--tf32", "true"], "tf32"),
-        (["--optim", "adamw_8bit"], "bitsandbytes"),
-        (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
-    ],
-)
 def test_what_cannot_work_is_refused_before_the_first_step(
-    name: str,
-    arguments: list[str],
-    words: str,
-    argv: Any,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    steps: list[str],
+    name: str, argv: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: list[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    arguments = [word.replace("FILE", str(tmp_path / "file")) for word in arguments]
-    line = refused(name, capsys, *argv(name, tmp_path / "out", *arguments))
-    assert words in line
-    assert "out" not in steps and not list(tmp_path.glob("out/*.safetensors"))
+    for i, (arguments, words) in enumerate(REFUSED.values()):
+        arguments = [str(word).replace("FILE", str(tmp_path / "file")) for word in arguments]
+        assert words in refused(name, capsys, *argv(name, tmp_path / f"out{i}", *arguments))
+    assert not [folder for folder in steps if folder.startswith("out")]
+    assert not list(tmp_path.glob("out*/*.safetensors"))
+
+
+def test_a_launcher_that_is_not_installed_is_refused(
+    argv: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "zero.json").write_text("{}")
+    try:
+        assert "deepspeed" in refused("slice_out", capsys, *argv("slice_out", tmp_path), "--deepspeed", "zero.json")
+    finally:
+        unset_hf_deepspeed_config()  # transformers keeps what it couldn't use
 
 
 @every_program
