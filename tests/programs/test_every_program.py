@@ -175,7 +175,7 @@ REFUSED = {
     "push": (["--push_to_hub", "--hub_model_id", "no one/model"], "hub_model_id='no one/model' can't be pushed to"),
     "metric": (["--metric_for_best_model", "f1"], "metric_for_best_model='f1': an evaluation gives eval_loss, eval_"),
     "no metric": (["--prediction_loss_only"], "prediction_loss_only=True leaves an evaluation without its metric"),
-    "empty": (["--dataloader_drop_last", "--per_device_eval_batch_size", 500], "dataloader_drop_last=True leaves none"),
+    "empty": (["--dataloader_drop_last", "--per_device_eval_batch_size", 500], "drop_last=True leaves none"),
     "checkpoint": (["--resume_from_checkpoint", "./not-there"], "'./not-there' is no complete checkpoint"),
     "data": (["--dataset", "./not-there"], "there is no such"),
     "model": (["--model", "./not-there"], "model_name_or_path='./not-there': there is no such folder"),
