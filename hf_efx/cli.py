@@ -102,6 +102,8 @@ def _list() -> None:
 def _env() -> None:
     import torch
 
+    from hf_efx.core.results.evidence import cpu
+
     names = ("torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "safetensors", "huggingface_hub")
     rows = [("hf_efx", __version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
     rows += [(name, importlib.metadata.version(name)) for name in names]
@@ -110,6 +112,7 @@ def _env() -> None:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows += [
         ("extras", ", ".join(there) or "none"),
+        ("CPU", "{} ({})".format(*cpu())),
         ("CPU cores", os.cpu_count()),
         ("torch threads", torch.get_num_threads()),
         ("accelerator", torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "none"),

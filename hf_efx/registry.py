@@ -84,7 +84,7 @@ _ROWS = (
         task="train fewer parameters from scratch",
         config="hf_efx.low_rank.config.LowRankConfig",
         options=("hf_efx.low_rank.config.LowRankConfig", "hf_efx.low_rank.arguments.LowRankArgumentsMixin"),
-        program="hf_efx.low_rank.train_gpt2.main",
+        program="hf_efx.low_rank.program.main",
         quality=Figure(
             "study",
             "short budget: share of the He-to-dense gap that spectral closes",
@@ -104,7 +104,7 @@ _ROWS = (
         task="choose the examples to train on",
         options=(
             "hf_efx.rho_loss.arguments.RHOLossArgumentsMixin",
-            "hf_efx.rho_loss.irreducible_run.IrreducibleOptions",
+            "hf_efx.rho_loss.program.IrreducibleOptions",
         ),
         program="hf_efx.rho_loss.program.main",
         quality=Figure(

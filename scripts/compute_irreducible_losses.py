@@ -7,7 +7,7 @@ hf-efx rho-loss --irreducible_losses runs/losses/table --label_noise 0.1
 
 import sys
 
-from hf_efx.rho_loss.irreducible_program import main
+from hf_efx.rho_loss.program import irreducible_main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(irreducible_main())

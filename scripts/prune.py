@@ -7,7 +7,7 @@ python scripts/prune.py --model gpt2 --task causal_lm --dataset my_text.jsonl \
 
 import sys
 
-from hf_efx.targeted_dropout.prune_program import main
+from hf_efx.targeted_dropout.program import prune_main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(prune_main())

@@ -139,13 +139,14 @@ def load_quietly(dataset: str | None, text_column: str, vocab_size: int) -> Any:
     return load_corpus(DataOptions(dataset, text_column, block_size=BLOCK, vocab_size=vocab_size))
 
 
-def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = ()) -> Any:
+def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = (), model: Any = None) -> Any:
     """A trainer for one of `RUNS`; all start from the same dense weights and see the same batches."""
     from transformers import PrinterCallback
 
     from hf_efx import LowRankArguments, LowRankConfig
-    from hf_efx.low_rank.causal_lm import causal_lm_trainer, scratch_model
+    from hf_efx.low_rank.program import low_rank_trainer, prepared
     from hf_efx.programs.model_options import ModelOptions
+    from hf_efx.programs.task_data import causal_task
 
     factors = RUNS[name]
     config = LowRankConfig(rank=RANK, **factors) if factors else None
@@ -165,8 +166,10 @@ def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = (
         dataloader_pin_memory=False,
         report_to="none",
     )
-    model = scratch_model(ModelOptions(config_overrides=MODEL), corpus.tokenizer, seed, config)
-    trainer = causal_lm_trainer(model, corpus, args, callbacks=callbacks)
+    task = causal_task(corpus)
+    if model is None:
+        model = prepared(task.model_init(seed, ModelOptions(config_overrides=MODEL)), config)
+    trainer = low_rank_trainer(task, model, args, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -186,7 +189,9 @@ def train_one(name: str, corpus: Any, steps: int, seed: int, folder: Path) -> tu
     from safetensors.torch import save_file
     from transformers import TrainerCallback
 
-    from hf_efx.low_rank.causal_lm import train_causal_lm
+    from hf_efx.low_rank.program import cost_figures
+    from hf_efx.programs.task_data import causal_task
+    from hf_efx.programs.task_run import finish_run
 
     class Progress(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -198,7 +203,8 @@ def train_one(name: str, corpus: Any, steps: int, seed: int, folder: Path) -> tu
 
     PROGRESS.put((name, 0, ""))
     trainer = trainer_of(name, corpus, steps, seed, [Progress()])
-    row = train_causal_lm(trainer)
+    run = finish_run(name, trainer, causal_task(corpus), trainer.train().metrics)
+    row = {**run.figures, **cost_figures(trainer)}
     PROGRESS.put((name, steps, f"validation perplexity {row['eval_perplexity']:.2f}"))
     model = trainer.model.eval().cpu()
     model.save_pretrained(folder)
@@ -314,11 +320,12 @@ def save(
     from transformers import AutoModelForCausalLM
 
     from hf_efx.core.results.evidence import public_command, write_results
-    from hf_efx.low_rank.train_gpt2 import plot_losses, write_causal_lm_card
+    from hf_efx.programs.task_data import causal_task
+    from hf_efx.programs.task_report import plot_losses, write_task_card
 
     corpus.tokenizer.save_pretrained(folder)
     plot_losses(logs, folder / PLOT)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    trainer = trainer_of(best, corpus, steps, seed, model=AutoModelForCausalLM.from_pretrained(folder))
     training = {
         "learning_rate": LEARNING_RATE,
         "steps": steps,
@@ -340,7 +347,18 @@ def save(
         settings={"rank": RANK, "model": MODEL, **training},
         plot=PLOT,
     )
-    write_causal_lm_card(folder, model, corpus, rows[best], training, NOTE, comparison=table(rows), plot=PLOT)
+    write_task_card(
+        folder,
+        trainer,
+        causal_task(corpus),
+        rows[best],
+        method="low_rank",
+        configuration={"rank": RANK, **(RUNS[best] or {})},
+        note=NOTE,
+        training=training,
+        comparison=table(rows),
+        plot=PLOT,
+    )
 
 
 def check(folder: Path) -> None:

@@ -10,7 +10,7 @@ Two processes on one CPU machine:
 
 import sys
 
-from hf_efx.low_rank.train_gpt2 import main
+from hf_efx.low_rank.program import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -64,7 +64,7 @@ def test_methods_are_found_under_both_spellings(monkeypatch):
     calls = []
     monkeypatch.setattr(cli, "_load", lambda path: lambda argv: calls.append((path, argv)) or 7)
     assert cli.main(["low-rank", "--seed", "1"]) == cli.main(["low_rank", "--seed", "1"]) == 7
-    assert calls == 2 * [("hf_efx.low_rank.train_gpt2.main", ["--seed", "1"])]
+    assert calls == 2 * [("hf_efx.low_rank.program.main", ["--seed", "1"])]
 
 
 def test_env_tells_versions_and_devices(capsys):
@@ -72,8 +72,8 @@ def test_env_tells_versions_and_devices(capsys):
 
     assert cli.main(["env"]) == 0
     shown = {line.strip().partition("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert torch.__version__ in shown["torch"]
-    assert {"hf_efx", "python", "transformers", "peft", "accelerate", "extras", "GPUs"} <= set(shown)
+    assert torch.__version__ in shown["torch"] and "(" in shown["CPU"]
+    assert {"hf_efx", "python", "transformers", "peft", "accelerate", "extras", "CPU", "GPUs"} <= set(shown)
 
 
 def test_plan_shows_parameters_before_and_after(capsys):

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_efx import FactorDecayCallback, LowRankArguments, LowRankConfig, LowRankTrainer, step_context
-from hf_efx.programs.task_run import end_processes
+from hf_efx.programs.frame import end_processes
 
 STEPS, BATCH = 3, 4
 SWITCH_STEPS, SWITCH_AT, KILL_AT = 8, 4, 6

@@ -11,40 +11,31 @@ arXiv 2107.02565.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_efx.core.data.fingerprints import data_fingerprint
-from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.data.fingerprints import weights_fingerprint
 from hf_efx.core.training.checkpoints import last_complete_checkpoint
-from hf_efx.core.training.step_cost import TrainingClock
 from hf_efx.core.training.trainer import EfxTrainer
 from hf_efx.goldiprox.replay import ReplayTrainer
 from hf_efx.goldiprox.sequence import SelectionSequence
 from hf_efx.goldiprox.trainer import GoldiProxTrainer
-from hf_efx.programs.command_line import OptionParser, resume_point
-from hf_efx.programs.model_options import checkpoint_config
-from hf_efx.programs.task_data import load_task
-from hf_efx.programs.task_run import (
-    RUN,
-    Run,
-    RunOptions,
-    compared_arguments,
-    data_settings,
-    end_processes,
-    program_defaults,
-    push_and_end,
-    set_up_logging,
-    write_runs,
-)
-from hf_efx.programs.tasks import SIDE_MODEL_HELP, LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.programs.frame import check_push, not_the_input, run_program
+from hf_efx.programs.run_folder import RUN, Run
+from hf_efx.programs.task_report import Report, report_runs
+from hf_efx.programs.task_run import PlannedRun, RunOptions, TaskJob, program_defaults, task_trainer
+from hf_efx.programs.tasks import SIDE_MODEL_HELP, TaskModelOptions, TaskOptions
 from hf_efx.rho_loss.arguments import RHOLossArguments
-from hf_efx.rho_loss.irreducible_run import IrreducibleOptions, how_made, with_holdout_share
-from hf_efx.rho_loss.program import prepare, run_settings, train_run
+from hf_efx.rho_loss.program import (
+    IrreducibleOptions,
+    Table,
+    load_selecting_job,
+    selection_figures,
+    with_holdout_share,
+)
 
 # In the output folder. The Trainer pushes nothing that begins with an underscore.
 SEQUENCE, SELECTING = "sequence", "_selecting"
@@ -83,71 +74,70 @@ class SelectOptions:
             raise ValueError("do='replay' needs a sequence: a folder, or a data set on the Hub.")
         if self.do != "replay" and self.sequence is not None:
             raise ValueError(f"do={self.do!r} makes a sequence itself, but sequence={self.sequence!r} names one.")
+        if self.do == "replay" and self.push_sequence_to is not None:
+            raise ValueError(f"do='replay' makes no sequence: leave push_sequence_to={self.push_sequence_to!r} out.")
+        if self.do == "select" and self.compare_uniform:
+            raise ValueError("do='select' trains no model: leave compare_uniform=True out, or do 'both'.")
         if self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps}: expected 1 or more.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program.
+    """Runs the program, as `run_program` says."""
+    return run_program(
+        _program,
+        argv,
+        prog="hf-efx goldiprox",
+        description=__doc__,
+        options=(TaskModelOptions, TaskOptions, IrreducibleOptions, SelectOptions, RunOptions, RHOLossArguments),
+        **{**program_defaults(), "output_dir": "runs/goldiprox", "selection_scope": "global"},
+    )
 
-    Args:
-        argv: The command line without the program's name; None for `sys.argv[1:]`.
 
-    Returns:
-        The exit status: 0, or 130 after Ctrl-C. Wrong input ends with SystemExit(2) and a line that says what to do.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = (TaskModelOptions, TaskOptions, IrreducibleOptions, SelectOptions, RunOptions, RHOLossArguments)
-    parser = OptionParser(options, None, "hf-efx goldiprox", (__doc__ or "").splitlines()[0])
-    parser.set_defaults(**program_defaults(), output_dir="runs/goldiprox", selection_scope="global")
-    model_options, task_options, irreducible, select, run_options, args = parser.read(argv)
-    set_up_logging(args)
-    keep_card, args.model_card = args.model_card, False  # the card below says more than one written on a push
-    trainer, runs, notes = None, [], []
-    try:
-        if run_options.plot:
-            matplotlib_pyplot()
-        if select.do == "replay":
-            sequence = load_sequence(select.sequence)
-            task = _task_of(sequence, model_options, task_options, args)
-        else:
-            task, sequence, seconds, notes = _select(model_options, task_options, irreducible, select, args)
-        if select.do != "select":
-            trainer, run = _replay(task, sequence, model_options, args)
-            runs = [run]
-            if select.do == "both":
-                run.figures |= seconds
-            if select.compare_uniform:
-                runs.append(_uniform(task, model_options, args, run.figures["steps"]))
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    if trainer is None:
-        end_processes()
-        return 0
-    if trainer.is_world_process_zero():
-        write_runs(
-            Path(str(args.output_dir)),
-            "goldiprox",
-            runs,
-            trainer,
-            task,
-            command=["-m", "hf_efx.cli", "goldiprox", *argv],
-            plot=run_options.plot,
-            card=keep_card,
-            configuration={
-                "sequence": sequence.digest,
-                **sequence.settings["score"],
-                "proxy": sequence.settings["proxy"],
-            },
-            settings=data_settings(task_options, task),
-            baseline="uniform" if len(runs) > 1 else None,
-            note=" ".join([*notes, f"It was trained on {sequence!r}, in its order, and scored nothing."]),
+def _program(
+    command: str,
+    model_options: TaskModelOptions,
+    task_options: TaskOptions,
+    irreducible: IrreducibleOptions,
+    select: SelectOptions,
+    run_options: RunOptions,
+    args: RHOLossArguments,
+) -> None:
+    if select.push_sequence_to:
+        check_push("push_sequence_to", select.push_sequence_to)
+    seconds: dict[str, float] = {}
+    notes: list[str] = []
+    if select.do == "replay":
+        sequence = load_sequence(str(select.sequence))
+        options = with_holdout_share(task_options, sequence.settings["score"].get("irreducible_losses"))
+        job = TaskJob.load("goldiprox", command, args, options, model_options, run_options.plot)
+    else:
+        job, table = load_selecting_job(
+            "goldiprox", command, args, task_options, model_options, irreducible, [args.selection], run_options.plot
         )
-        print(f"checkpoint: {args.output_dir}")
-    push_and_end(trainer)
-    return 0
+        notes = [table.note] if table.note else []
+        sequence, seconds = _select(job, table, select)
+    if select.do == "select":
+        return
+
+    def replay(args: Any) -> ReplayTrainer:
+        return task_trainer(job.task, ReplayTrainer, job.model(), args, sequence=sequence)
+
+    def uniform(args: Any) -> EfxTrainer:
+        return task_trainer(job.task, EfxTrainer, job.model(), args)
+
+    if select.do == "both" and job.resume is True and not (job.folder / RUN).is_file():
+        args.resume_from_checkpoint = None  # it was cut while it selected
+    own = PlannedRun("goldiprox", args, replay, {"sequence": sequence.digest}, selection_figures)
+    beside = [PlannedRun("uniform", job.beside("uniform"), uniform)] if select.compare_uniform else []
+    trainer, runs = job.train(own, beside)
+    runs[0].figures |= seconds
+    report = Report(
+        configuration={"sequence": sequence.digest, **sequence.settings["score"], "proxy": sequence.settings["proxy"]},
+        note=" ".join([*notes, f"It was trained on {sequence!r}, in its order, and scored nothing."]),
+        baseline="uniform" if beside else None,
+    )
+    report_runs(job, trainer, runs, report)
 
 
 def load_sequence(source: str) -> SelectionSequence:
@@ -161,99 +151,36 @@ def load_sequence(source: str) -> SelectionSequence:
     return SelectionSequence.load_from_disk(source) if local else SelectionSequence.from_hub(source)
 
 
-def _task_of(
-    sequence: SelectionSequence, model_options: TaskModelOptions, task_options: TaskOptions, args: Any
-) -> LearningTask:
-    """The task in the split that the sequence was selected from."""
-    if model_options.model_name_or_path:  # a wrong name shows before the data is read
-        checkpoint_config(model_options.model_name_or_path)
-    table = sequence.settings["score"].get("irreducible_losses")
-    with args.main_process_first(desc="loading the data"):
-        return load_task(with_holdout_share(task_options, table), model_options.model_name_or_path)
-
-
-def _select(
-    model_options: TaskModelOptions,
-    task_options: TaskOptions,
-    irreducible: IrreducibleOptions,
-    select: SelectOptions,
-    args: Any,
-) -> tuple[LearningTask, SelectionSequence, dict[str, float], list[str]]:
+def _select(job: TaskJob, table: Table, select: SelectOptions) -> tuple[SelectionSequence, dict[str, float]]:
     """Trains the proxy; saves, draws and pushes what it selected.
 
     Returns:
-        The task, the sequence, the seconds of the table and of the proxy, and a note for cards.
+        The sequence, and the seconds of the table and of the proxy.
     """
-    task, table, seconds = prepare(model_options, task_options, irreducible, args, [args.selection])
-    folder = Path(str(args.output_dir))
     changed: dict[str, Any] = {"push_to_hub": False, "report_to": [], "resume_from_checkpoint": None}
-    own = dataclasses.replace(args, output_dir=str(folder / SELECTING), eval_strategy="no", **changed)
-    settings = {**run_settings(own), "num_steps": select.num_steps, "proxy_model": select.proxy_model}
-    settings["data"] = data_fingerprint(task.train, task.fingerprint_columns)
-    notes = [how_made(table)] if table is not None else []
-    resume = resume_point(args.resume_from_checkpoint) is not None
-    if resume and (done := Run.load(folder / SELECTING, settings)):
-        return task, SelectionSequence.load_from_disk(folder / SEQUENCE), done.figures, notes
-    trainer = GoldiProxTrainer(
-        task.side_model(select.proxy_model, args.seed + 2),
-        own,
-        train_dataset=task.train,
-        irreducible_losses=table,
-        **task.trainer_parts,
-    )
-    if not resume and trainer.is_world_process_zero():
-        (folder / SELECTING / RUN).unlink(missing_ok=True)  # of another run
-    begun = resume and last_complete_checkpoint(folder / SELECTING) is not None
+    folder = str(job.folder / SELECTING)
+    args = dataclasses.replace(job.args, output_dir=folder, eval_strategy="no", max_steps=select.num_steps, **changed)
+    proxy = job.task.side_model(select.proxy_model, args.seed + 2)
+    settings = {"proxy": weights_fingerprint(proxy), "table": table.settings}
+    kept = job.folder_of(PlannedRun("selection", args, lambda args: None, settings))
+    kept.check(job.resume is not None)
+    if job.resume and (done := kept.finished()):
+        return SelectionSequence.load_from_disk(job.folder / SEQUENCE), done.figures
+    parts = {"train_dataset": job.task.train, "irreducible_losses": table.losses, **job.task.trainer_parts}
+    trainer = GoldiProxTrainer(proxy, args, **parts)
+    if trainer.is_world_process_zero():
+        kept.write()
+    begun = job.resume and last_complete_checkpoint(folder) is not None
     start = time.perf_counter()
     sequence = trainer.select(select.num_steps, resume_from_checkpoint=begun or None)
-    figures = {"irreducible_seconds": seconds, "selecting_seconds": time.perf_counter() - start}
-    if trainer.is_world_process_zero():
-        sequence.save_to_disk(folder / SEQUENCE)
-        Run("selection", figures, []).save(folder / SELECTING, settings)
-        print(
-            f"{sequence!r}\nselected in {figures['selecting_seconds']:.1f} s, irreducible losses in {seconds:.1f} s\n"
-            f"sequence: {folder / SEQUENCE}"
-        )
-        if select.push_sequence_to:
-            print(f"pushed: {sequence.push_to_hub(select.push_sequence_to).commit_url}")
+    figures = {"irreducible_seconds": table.seconds, "selecting_seconds": time.perf_counter() - start}
+    with not_the_input("saving the sequence"):
+        if trainer.is_world_process_zero():
+            sequence.save_to_disk(job.folder / SEQUENCE)
+            kept.write(Run("selection", figures, []))
+            print(f"{sequence!r}\nselected in {figures['selecting_seconds']:.1f} s, irreducible losses in ", end="")
+            print(f"{table.seconds:.1f} s\nsequence: {job.folder / SEQUENCE}")
+            if select.push_sequence_to:
+                print(f"pushed: {sequence.push_to_hub(select.push_sequence_to).commit_url}")
     trainer.accelerator.wait_for_everyone()
-    return task, sequence, figures, notes
-
-
-def _replay(
-    task: LearningTask, sequence: SelectionSequence, model_options: TaskModelOptions, args: Any
-) -> tuple[ReplayTrainer, Run]:
-    """Trains the model on the sequence; a finished run is taken from the folder where a run is resumed."""
-    folder, resume = Path(str(args.output_dir)), resume_point(args.resume_from_checkpoint)
-    settings = {**run_settings(args), "sequence": sequence.digest}
-    done = Run.load(folder, settings) if resume is True else None
-    if resume is True and last_complete_checkpoint(folder) is None:
-        resume = None  # it was interrupted while it selected
-    if done is not None:
-        model_options = TaskModelOptions(model_name_or_path=str(folder))
-    trainer = ReplayTrainer(
-        task.model_init(args.seed, model_options),
-        args,
-        train_dataset=task.train,
-        sequence=sequence,
-        callbacks=[TrainingClock()],
-        **task.trainer_parts,
-    )
-    return trainer, done or train_run("goldiprox", trainer, task, resume, save=True, settings=settings)
-
-
-def _uniform(task: LearningTask, model_options: TaskModelOptions, args: Any, steps: int) -> Run:
-    """The model trained by a plain Trainer on random examples."""
-    own = compared_arguments(args, "uniform", max_steps=steps)
-    folder = Path(str(own.output_dir))
-    resume = resume_point(args.resume_from_checkpoint) is not None
-    if resume and (done := Run.load(folder, run_settings(own))):
-        return done
-    trainer = EfxTrainer(
-        task.model_init(args.seed, model_options),
-        own,
-        train_dataset=task.train,
-        callbacks=[TrainingClock()],
-        **task.trainer_parts,
-    )
-    return train_run("uniform", trainer, task, resume and last_complete_checkpoint(folder) is not None)
+    return sequence, figures

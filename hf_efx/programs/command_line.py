@@ -77,7 +77,7 @@ class OptionParser(HfArgumentParser):
             if self.config:
                 read.append(self.config(**self._config_values(values)))
             return tuple(read)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:  # --deepspeed without deepspeed is the last
             self.error(str(error))
 
     def error(self, message: str) -> NoReturn:

@@ -18,7 +18,7 @@ from hf_efx.core.data.example_ids import ID_COLUMN, add_example_ids
 from hf_efx.core.data.image_data import ImageCollator, channel_statistics, load_images
 from hf_efx.core.data.library_text import hash_place, labelled_library_text
 from hf_efx.core.data.text_data import TextCollator, load_text, source_name
-from hf_efx.programs.causal_lm import load_corpus, load_tokenizer, loss_sums, padding_id, token_metrics
+from hf_efx.programs.causal_lm import Corpus, load_corpus, load_tokenizer, loss_sums, padding_id, token_metrics
 from hf_efx.programs.model_options import checkpoint_config
 from hf_efx.programs.tasks import CORRUPTED_COLUMN, LearningTask, TaskOptions
 
@@ -54,19 +54,26 @@ def load_task(options: TaskOptions, checkpoint: str | None = None) -> LearningTa
 
 
 def _causal_lm(options: TaskOptions, checkpoint: str | None) -> LearningTask:
-    corpus = load_corpus(dataclasses.replace(options, max_eval_blocks=None), checkpoint)
-    # In line mode a row is a document: the ids are those that the documents would have got.
-    train = _sample(add_example_ids(corpus.train), options.max_train_examples)
+    whole = causal_task(load_corpus(dataclasses.replace(options, max_eval_blocks=None), checkpoint))
+    train = _sample(whole.train, options.max_train_examples)
     if options.label_noise:
         noisy = _uniform(np.asarray(train[ID_COLUMN]), options.label_noise_seed, "which") < options.label_noise
-        train = _redraw_tokens(train.add_column(CORRUPTED_COLUMN, noisy), len(corpus.tokenizer), options)  # type: ignore[call-arg]
+        vocabulary = len(whole.tokenizer)  # pyright: ignore[reportArgumentType]
+        train = _redraw_tokens(train.add_column(CORRUPTED_COLUMN, noisy), vocabulary, options)  # type: ignore[call-arg]
     train, holdout = _split(train, options.holdout_share)
+    validation = _sample(whole.validation, options.max_eval_blocks)
+    return dataclasses.replace(whole, train=train, holdout=holdout, validation=validation)
+
+
+def causal_task(corpus: Corpus) -> LearningTask:
+    """The task of learning a corpus, of which nothing is held out."""
     return LearningTask(
-        task=options.task,
+        task="causal_lm",
         name=corpus.name,
-        train=train,
-        holdout=holdout,
-        validation=_sample(corpus.validation, options.max_eval_blocks),
+        # In line mode a row is a document: the ids are those that the documents would have got.
+        train=add_example_ids(corpus.train),
+        holdout=None,
+        validation=corpus.validation,
         fingerprint_columns=("input_ids",),
         data_collator=TextCollator(padding_id(corpus.tokenizer)),
         compute_metrics=token_metrics(corpus.bytes_per_token),

@@ -1,32 +1,29 @@
-"""Runs of a program on a `LearningTask`, side by side, by steps and by seconds: plot, results, card."""
+"""Runs on a `LearningTask`, side by side from the same weights: trained, or recognised as finished."""
 
 import dataclasses
-import gc
-import json
-import logging
-import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from accelerate import PartialState
-from huggingface_hub import EvalResult
-from transformers import Trainer
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_efx.core.data.fingerprints import data_fingerprint
-from hf_efx.core.files import write_atomically
-from hf_efx.core.results.card import write_model_card
-from hf_efx.core.results.evidence import print_results, public_command, summary_table, write_results
-from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.data.example_ids import ID_COLUMN, add_example_ids
+from hf_efx.core.data.fingerprints import data_fingerprint, weights_fingerprint
+from hf_efx.core.training.checkpoints import last_complete_checkpoint
 from hf_efx.core.training.step_cost import TrainingClock
-from hf_efx.programs.tasks import LearningTask, TaskOptions
-from hf_efx.registry import METHODS
+from hf_efx.core.training.trainer import EfxTrainer
+from hf_efx.programs.command_line import resume_point
+from hf_efx.programs.frame import not_the_input
+from hf_efx.programs.model_options import ModelOptions
+from hf_efx.programs.run_folder import LENGTH, Run, RunFolder, training_settings
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.tasks import LearningTask, TaskModelOptions, TaskOptions
 
-PLOT, RESULTS, RUN = "curves.png", "results.json", "run.json"
 COMPARED = "_compared"  # in the output folder; the Trainer pushes nothing that begins with an underscore
-_TRAINING = ("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "per_device_train_batch_size", "seed")
 
 
 @dataclass
@@ -34,12 +31,35 @@ class RunOptions:
     """What a program does beside training."""
 
     plot: bool = field(
-        default=True, metadata={"help": f"Draw the curves by steps and by seconds into {PLOT}; needs matplotlib."}
+        default=True,
+        metadata={"help": "Draw the curves by steps and by seconds into curves.png; needs matplotlib."},
     )
 
 
+@dataclass
+class CompareOptions(RunOptions):
+    """`RunOptions` of a program that trains other runs beside its own, from the same weights and for as many steps."""
+
+    comparisons: ClassVar[tuple[str, ...]] = ()
+
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Runs beside it, from the same weights and for as many steps. Each costs a run."},
+    )
+
+    def __post_init__(self) -> None:
+        for i, name in enumerate(self.compare):
+            if name not in self.comparisons or name in self.compare[:i]:
+                raise ValueError(f"compare={name!r}: expected some of {', '.join(self.comparisons)}, each once.")
+
+    @property
+    def baseline(self) -> str | None:
+        """The run whose best the others are compared with: the first that is named."""
+        return self.compare[0] if self.compare else None
+
+
 def program_defaults() -> dict[str, Any]:
-    """Training arguments where a command line says nothing else, for `parser.set_defaults`.
+    """Training arguments where a command line says nothing else, for `run_program`.
 
     32 examples a step, AdamW at 1e-3 without a schedule and with torch's own weight decay, as in the configs of the
     RHO-LOSS paper (github.com/OATML/RHO-Loss).
@@ -58,26 +78,221 @@ def program_defaults() -> dict[str, Any]:
     }
 
 
-def set_up_logging(args: Any) -> None:
-    """Shows this package's messages: of the first process all, of others warnings."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("hf_efx").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
+def task_trainer(
+    task: LearningTask, kind: Any, model: Any, args: Any, callbacks: Sequence[Any] = (), **parts: Any
+) -> Any:
+    """A Trainer of the task, with a `TrainingClock` unless one is among the callbacks."""
+    clock = [] if any(isinstance(one, TrainingClock) for one in callbacks) else [TrainingClock()]
+    parts = {"train_dataset": task.train, **task.trainer_parts, **parts}
+    return kind(model=model, args=args, callbacks=[*callbacks, *clock], **parts)
 
 
-def push_and_end(trainer: Any) -> None:
-    """Pushes what lies in the output folder, if asked for, and ends the process group; all processes must call it."""
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.wait_for_everyone()  # the first process wrote meanwhile; groups end together
-    trainer.end()
+@dataclass
+class PlannedRun:
+    """A run that a program is asked for.
+
+    Attributes:
+        name: In tables and plots.
+        args: Its training arguments.
+        trainer: Makes its Trainer from these arguments, model included; `task_trainer` helps.
+        settings: The method's settings that the arguments don't hold.
+        figures: Gives a method's own figures of the trainer after training, on all processes.
+    """
+
+    name: str
+    args: Any
+    trainer: Callable[[Any], Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    figures: Callable[[Any], Mapping[str, Any]] | None = None
 
 
-def end_processes() -> None:
-    """Ends the process group of a program without a Trainer at its end, if there is one."""
-    state = PartialState()
-    state.wait_for_everyone()
-    gc.collect()  # Trainers that are done: `EfxTrainerMixin.end` says why
-    state.destroy_process_group()
+@dataclass
+class TaskJob:
+    """The runs of one program: their task, the model that all start from, and what decides their outcome.
+
+    Attributes:
+        method: Its name in the registry.
+        command: As others can type it.
+        args: The program's training arguments.
+        task: The task.
+        model_options: Which model.
+        settings: Of the data, for results and cards.
+        card: Whether a card is wanted.
+        plot: Whether a plot is.
+        start: What the runs start from, as fingerprints and settings.
+    """
+
+    method: str
+    command: str
+    args: Any
+    task: LearningTask
+    model_options: ModelOptions
+    settings: dict[str, Any]
+    plot: bool = True
+    card: bool = field(init=False)
+    start: dict[str, Any] = field(init=False)
+
+    @classmethod
+    def load(
+        cls,
+        method: str,
+        command: str,
+        args: Any,
+        task_options: TaskOptions,
+        model_options: ModelOptions,
+        plot: bool = True,
+    ) -> "TaskJob":
+        """Loads the task, of which nothing is held out unless that is asked for.
+
+        Raises:
+            ValueError: If data or model can't be used, as `load_task` and `LearningTask.model_init` say.
+        """
+        options = dataclasses.replace(task_options, holdout_share=task_options.holdout_share or 0.0)
+        with args.main_process_first(desc="loading the data"):
+            task = load_task(options, model_options.model_name_or_path)
+        return cls(method, command, args, task, model_options, data_settings(options, task), plot)
+
+    def __post_init__(self) -> None:
+        self.card, self.args.model_card = self.args.model_card, False  # `write` says more than one written on a push
+        _check_arguments(self.args, self.task)
+        model = self.model()  # what can't be used shows before anything is trained
+        config = model.config.to_dict()
+        self.start = {
+            "task": self.task.task,
+            "data": data_fingerprint(self.task.train),
+            "validation": data_fingerprint(_with_ids(self.task.validation)),
+            "weights": weights_fingerprint(model),
+            "model": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},
+        }
+        self._check(self._folder_of(self.args, {}))
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(str(self.args.output_dir))
+
+    @property
+    def resume(self) -> Any:
+        """What `--resume_from_checkpoint` says, as in `Trainer.train`."""
+        return resume_point(self.args.resume_from_checkpoint)
+
+    def model(self) -> PreTrainedModel:
+        """The model that each run starts from: the same weights at every call."""
+        return self.task.model_init(self.args.seed, self.model_options)
+
+    def beside(self, name: str, **changed: Any) -> Any:
+        """Arguments of a run beside the program's own, which is kept in a folder below and pushed nowhere."""
+        alone: dict[str, Any] = {"push_to_hub": False, "report_to": [], "resume_from_checkpoint": None}
+        return dataclasses.replace(self.args, output_dir=str(self.folder / COMPARED / name), **alone, **changed)
+
+    def folder_of(self, plan: PlannedRun) -> RunFolder:
+        """Where a run is kept, and what it must share with what lies there."""
+        return self._folder_of(plan.args, {"run": plan.name, **plan.settings})
+
+    def _folder_of(self, args: Any, settings: Mapping[str, Any]) -> RunFolder:
+        settings = {**self.start, "args": training_settings(args), **settings}
+        return RunFolder(Path(str(args.output_dir)), settings, {name: getattr(args, name) for name in LENGTH})
+
+    def _check(self, own: RunFolder) -> None:
+        if not isinstance(self.resume, str):  # a checkpoint that is named is taken, whosever it is
+            own.check(self.resume is True)
+
+    def train(self, own: PlannedRun, beside: Sequence[PlannedRun] = ()) -> tuple[Any, list[Run]]:
+        """Trains the program's own run and saves its model, then those beside it, for as many steps.
+
+        What is finished in its folder is taken from there, where the program is resumed.
+
+        Returns:
+            The Trainer of the program's own run, and the runs, that one first. All processes must call it.
+
+        Raises:
+            ValueError: Before the first step, if a run can't be made, or would go on with another's checkpoints.
+            RuntimeError: If a run fails after its first step.
+        """
+        resume = self.resume
+        self._check(self.folder_of(own))
+        for plan in beside:
+            if resume:
+                self.folder_of(plan).check(resume=True)
+            plan.trainer(plan.args)  # what can't be done shows before anything is trained
+        done = self.folder_of(own).finished() if resume is True else None
+        if done is None:
+            trainer = own.trainer(own.args)
+            runs = [self._run(own, trainer, resume, save=True)]
+        else:
+            saved = self.task.model_init(self.args.seed, TaskModelOptions(model_name_or_path=str(self.folder)))
+            trainer, runs = task_trainer(self.task, EfxTrainer, saved, own.args), [done]
+            trainer.state = TrainerState.load_from_json(str(self.folder / TRAINER_STATE_NAME))
+        for plan in beside:
+            args = dataclasses.replace(plan.args, max_steps=runs[0].figures["steps"])
+            plan = dataclasses.replace(plan, args=args)
+            folder = self.folder_of(plan)
+            finished = folder.finished() if resume else None
+            runs.append(finished or self._run(plan, plan.trainer(args), True if resume else None))
+        return trainer, runs
+
+    def _run(self, plan: PlannedRun, trainer: Any, resume: Any, save: bool = False) -> Run:
+        """Trains, evaluates and, if asked to, saves the model and what makes its inputs."""
+        folder = self.folder_of(plan)
+        if resume is True and last_complete_checkpoint(folder.path) is None and (folder.is_known() or not save):
+            resume = None  # it was cut before its first checkpoint
+        if trainer.is_world_process_zero():
+            if not (resume or save):  # what lies there is of another length, perhaps
+                shutil.rmtree(folder.path, ignore_errors=True)
+            folder.write()
+        try:
+            output = trainer.train(resume)
+        except (ValueError, OSError, ImportError):
+            if trainer.state.global_step:
+                with not_the_input(f"{plan.name}, at step {trainer.state.global_step},"):
+                    raise
+            raise
+        with not_the_input(f"evaluating and saving {plan.name}"):
+            run = finish_run(plan.name, trainer, self.task, output.metrics)
+            run.figures |= plan.figures(trainer) if plan.figures else {}
+            if save:
+                save_model(trainer, self.task)
+            if trainer.is_world_process_zero():
+                folder.write(run)
+        return run
+
+
+def _check_arguments(args: Any, task: LearningTask) -> None:
+    """Refuses arguments that don't go with the task and would end a run at an evaluation."""
+    names = [f"eval_{name}" for name in ("loss", *task.metrics)]
+    wanted, batch = args.metric_for_best_model, args.per_device_eval_batch_size * args.world_size
+    if wanted and wanted not in names and f"eval_{wanted}" not in names:
+        raise ValueError(
+            f"metric_for_best_model={wanted!r}: an evaluation gives {', '.join(names)}. Name one of these."
+        )
+    if args.dataloader_drop_last and batch > len(task.validation):
+        raise ValueError(
+            f"dataloader_drop_last=True leaves none of the {len(task.validation)} validation examples, fewer than a "
+            f"batch of {batch}: lower per_device_eval_batch_size."
+        )
+    if args.neftune_noise_alpha and task.tokenizer is None:
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} is noise on token embeddings, which task={task.task!r} "
+            f"hasn't: leave it out."
+        )
+
+
+def _with_ids(part: Any) -> Any:
+    return part if ID_COLUMN in part.column_names else add_example_ids(part)
+
+
+def save_model(trainer: Any, task: LearningTask) -> None:
+    """Saves a model and what makes its inputs into the output folder, whole or not at all; pushes nothing."""
+    folder = Path(str(trainer.args.output_dir))
+    try:
+        trainer.save_model(_internal_call=True)  # otherwise it would push before the card is there
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            task.save_processor(folder)
+    except BaseException:
+        for file in (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")):
+            file.unlink(missing_ok=True)
+        raise
 
 
 def data_settings(options: TaskOptions, task: LearningTask) -> dict[str, Any]:
@@ -92,97 +307,7 @@ def data_settings(options: TaskOptions, task: LearningTask) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Run:
-    """One finished run.
-
-    Attributes:
-        name: In tables and plots.
-        figures: By name, for results.
-        curve: Of each evaluation: step, training seconds, metric.
-    """
-
-    name: str
-    figures: dict[str, Any]
-    curve: list[tuple[int, float, float]]
-
-    def save(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Writes it as run.json: a resumed program knows by it that the run is finished."""
-        write_atomically(folder / RUN, json.dumps({**dataclasses.asdict(self), "settings": settings}, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path, settings: Mapping[str, Any]) -> "Run | None":
-        """The finished run of a folder, None if there is none or it had other settings."""
-        file = folder / RUN
-        if not file.is_file():
-            return None
-        content = json.loads(file.read_text())
-        return cls(**content) if content.pop("settings") == json.loads(json.dumps(settings)) else None
-
-
-def run_settings(args: Any, names: Sequence[str] = ()) -> dict[str, Any]:
-    """What of the arguments a finished run must share to be taken for this one.
-
-    Args:
-        args: Training arguments.
-        names: A method's own ones among them.
-    """
-    common = ("max_steps", "num_train_epochs", "learning_rate", "seed", "per_device_train_batch_size")
-    return {name: getattr(args, name) for name in (*names, *common)}
-
-
-def compared_arguments(args: Any, name: str, **changed: Any) -> Any:
-    """The arguments of a run beside the program's own, which is kept in a folder below and pushed nowhere."""
-    folder = str(Path(str(args.output_dir), COMPARED, name))
-    alone: dict[str, Any] = {"push_to_hub": False, "report_to": [], "resume_from_checkpoint": None}
-    return dataclasses.replace(args, output_dir=folder, **alone, **changed)
-
-
-def train_run(
-    name: str,
-    trainer: Any,
-    task: LearningTask,
-    settings: Mapping[str, Any],
-    resume: Any = None,
-    save: bool = False,
-    figures: Callable[[Any], Mapping[str, Any]] | None = None,
-) -> Run:
-    """Trains and gathers the figures; all processes must call it.
-
-    Args:
-        name: Of the run.
-        trainer: With a `TrainingClock` among its callbacks.
-        task: The task.
-        settings: By which a resumed program knows the finished run.
-        resume: As in `Trainer.train`.
-        save: Whether to save the model and what makes its inputs.
-        figures: Gives a method's own figures of the trainer after training, on all processes.
-
-    Raises:
-        RuntimeError: If it fails after its first step.
-    """
-    folder = Path(str(trainer.args.output_dir))
-    if not resume and trainer.is_world_process_zero():
-        (folder / RUN).unlink(missing_ok=True)  # of another run
-    try:
-        output = trainer.train(resume)
-    except (ValueError, OSError, ImportError) as error:
-        if trainer.state.global_step:  # not the input's fault: a traceback, no short line
-            raise RuntimeError(f"{name} failed at step {trainer.state.global_step}") from error
-        raise
-    run = finish_run(name, trainer, task, output.metrics)
-    if figures is not None:
-        run.figures |= figures(trainer)
-    if save:
-        trainer.save_model(_internal_call=True)  # otherwise it would push before the card is there
-    if trainer.is_world_process_zero():
-        if save:
-            task.save_processor(folder)
-        run.save(folder, settings)
-    return run
-
-
-def finish_run(name: str, trainer: Trainer, task: LearningTask, output: Mapping[str, float]) -> Run:
+def finish_run(name: str, trainer: Any, task: LearningTask, output: Mapping[str, float]) -> Run:
     """Evaluates a trained model, if its last step wasn't, and gathers its figures; all processes must call it.
 
     Args:
@@ -211,160 +336,3 @@ def finish_run(name: str, trainer: Trainer, task: LearningTask, output: Mapping[
         "parameters": model.num_parameters(),
     }
     return Run(name, figures, curve)
-
-
-def compare_runs(runs: Sequence[Run], baseline: str, task: LearningTask) -> None:
-    """Adds to each run when it first reached the baseline's best: `steps_to_baseline`, `seconds_to_baseline`.
-
-    A run that never did gets neither.
-    """
-    target = next(run for run in runs if run.name == baseline).figures[f"best_{task.metric}"]
-    for run in runs:
-        reached = (p for p in run.curve if (p[2] >= target if task.higher_is_better else p[2] <= target))
-        if point := next(reached, None):
-            run.figures["steps_to_baseline"], run.figures["seconds_to_baseline"] = point[:2]
-
-
-def plot_runs(runs: Sequence[Run], metric: str, path: Path) -> None:
-    """Draws the metric by steps and by training seconds into a PNG.
-
-    Raises:
-        ImportError: If matplotlib isn't installed.
-    """
-    plt = matplotlib_pyplot()
-    figure, (steps, seconds) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for run in runs:
-        at, took, values = zip(*run.curve, strict=True)
-        steps.plot(at, values, marker="o", markersize=3, label=run.name)
-        seconds.plot(took, values, marker="o", markersize=3, label=run.name)
-    steps.set(xlabel="optimizer step", ylabel=f"validation {metric}")
-    seconds.set(xlabel="training seconds (loading and scoring in, evaluation out)")
-    for axes in (steps, seconds):
-        axes.grid(alpha=0.3)
-    steps.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def write_runs(
-    folder: Path,
-    method: str,
-    runs: Sequence[Run],
-    trainer: Any,
-    task: LearningTask,
-    *,
-    command: Sequence[str],
-    plot: bool,
-    card: bool,
-    configuration: Mapping[str, Any],
-    settings: Mapping[str, Any] | None = None,
-    baseline: str | None = None,
-    note: str = "",
-    columns: Sequence[Mapping[str, str]] = (),
-) -> None:
-    """Writes plot, results and card beside a checkpoint, and prints the comparison.
-
-    Args:
-        folder: Of the checkpoint.
-        method: Its name in the registry.
-        runs: The checkpoint's own first.
-        trainer: Of the checkpoint.
-        task: The task.
-        command: The command's words, for the results.
-        plot: Whether to draw.
-        card: Whether to write a card.
-        configuration: The method's settings.
-        settings: Further settings of the training.
-        baseline: The run whose best the others are compared with, if there is one.
-        note: Further sentences of the card.
-        columns: Further columns of the comparison, as in `evidence.write_results`.
-    """
-    args = trainer.args
-    if baseline:
-        compare_runs(runs, baseline, task)
-    if plot:
-        plot_runs(runs, task.metric, folder / PLOT)
-    training = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in _TRAINING}
-    training |= {"steps": runs[0].figures["steps"], "processes": args.world_size, **(settings or {})}
-    shown: list[Mapping[str, str]] = [
-        {"key": f"best_{task.metric}", "title": f"best {task.metric}", "format": ".4g"},
-        {"key": f"eval_{task.metric}", "title": "at the end", "format": ".4g"},
-        {"key": "steps", "title": "steps", "format": "d"},
-        {"key": "train_seconds", "title": "seconds", "format": ".1f"},
-    ]
-    if baseline:
-        shown += [
-            {"key": "steps_to_baseline", "title": f"steps to best of {baseline}", "format": "d"},
-            {"key": "seconds_to_baseline", "title": f"seconds to best of {baseline}", "format": ".1f"},
-        ]
-    if any("corrupted_share" in run.figures for run in runs):
-        shown.append({"key": "corrupted_share", "title": "corrupted among the chosen", "format": ".1%"})
-    results = write_results(
-        folder / RESULTS,
-        title=f"{METHODS[method].title} on {task.name}",
-        command=public_command(command),
-        data={"name": task.name, "fingerprint": data_fingerprint(task.train, task.fingerprint_columns)},
-        seeds=[args.seed],
-        rows=[{"configuration": run.name, "seed": args.seed, **run.figures} for run in runs],
-        claims=[],
-        columns=[*shown, *columns],
-        settings={**training, **configuration},
-        plot=PLOT if plot else None,
-    )
-    if card:
-        write_task_card(
-            folder, method, runs, trainer, task, training, configuration, summary_table(results), note, plot
-        )
-    print_results(results)
-
-
-def write_task_card(
-    folder: Path,
-    method: str,
-    runs: Sequence[Run],
-    trainer: Any,
-    task: LearningTask,
-    training: Mapping[str, Any],
-    configuration: Mapping[str, Any],
-    comparison: Any,
-    note: str,
-    plot: bool,
-) -> None:
-    """Writes the card of the first run's model, with its figures in `model-index`."""
-    row, names = METHODS[method], ("accuracy",) if task.labels else ("perplexity", "bits_per_byte")
-    parts: dict[str, Any] = {
-        "model_name": folder.resolve().name,
-        "repo_id": None if folder.is_absolute() else folder.as_posix(),
-    }
-    if trainer.args.push_to_hub:
-        parts = {"repo_id": trainer.hub_model_id, "model_name": str(trainer.hub_model_id).rpartition("/")[2]}
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    write_model_card(
-        folder,
-        methods=[method],
-        results=[
-            EvalResult(
-                task_type=task.pipeline_tag,
-                dataset_type=re.sub(r"[^\w.-]+", "-", task.name),
-                dataset_name=task.name,
-                dataset_split="validation",
-                metric_type=name,
-                metric_name=name.replace("_", " "),
-                metric_value=runs[0].figures[f"eval_{name}"],
-            )
-            for name in names
-        ],
-        description=(
-            f"A {model.config.model_type} model of {runs[0].figures['parameters']:,} parameters, trained by "
-            f"{row.title}. {note}".rstrip()
-        ),
-        auto_class=task.auto_class,
-        needs_hf_efx=False,
-        configuration={method: configuration},
-        training=training,
-        comparison=comparison if len(runs) > 1 else None,
-        plot=PLOT if plot else None,
-        citations=[row.citation],
-        pipeline_tag=task.pipeline_tag,
-        **parts,
-    )

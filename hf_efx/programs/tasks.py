@@ -218,9 +218,14 @@ class LearningTask:
         return "causal" if self.task == "causal_lm" else "classification"
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """What `compute_metrics` gives, that first which the task is judged by."""
+        return ("accuracy",) if self.labels else ("perplexity", "bits_per_byte")
+
+    @property
     def metric(self) -> str:
         """What the task is judged by: `accuracy` (higher is better) or `perplexity` (lower is)."""
-        return "accuracy" if self.labels else "perplexity"
+        return self.metrics[0]
 
     @property
     def higher_is_better(self) -> bool:

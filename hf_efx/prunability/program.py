@@ -8,7 +8,6 @@
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,8 @@ from typing import Any, Literal
 import torch
 
 from hf_efx.core.data.fingerprints import data_fingerprint
-from hf_efx.core.results.evidence import print_results, public_command, write_results
-from hf_efx.core.results.plots import matplotlib_pyplot
-from hf_efx.programs.command_line import OptionParser
+from hf_efx.core.results.evidence import print_results, write_results
+from hf_efx.programs.frame import not_the_input, run_program
 from hf_efx.programs.model_options import checkpoint_config
 from hf_efx.programs.task_data import load_task
 from hf_efx.programs.tasks import CheckpointTaskOptions, LearningTask, TaskModelOptions
@@ -98,41 +96,34 @@ class PrunabilityOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program.
+    """Runs the program, as `run_program` says."""
+    return run_program(
+        _program,
+        argv,
+        prog="hf-efx prunability",
+        description=__doc__,
+        options=(TaskModelOptions, CheckpointTaskOptions, PrunabilityOptions),
+    )
 
-    Args:
-        argv: The command line without the program's name; None for `sys.argv[1:]`.
 
-    Returns:
-        The exit status: 0, or 130 after Ctrl-C. Wrong input ends with SystemExit(2) and a line that says what to do.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    kinds = (TaskModelOptions, CheckpointTaskOptions, PrunabilityOptions)
-    parser = OptionParser(kinds, None, "hf-efx prunability", (__doc__ or "").splitlines()[0])
-    model_options, task_options, options = parser.read(argv)
-    try:
-        name = model_options.model_name_or_path
-        if name is None:
-            raise ValueError("model_name_or_path is missing: name a trained checkpoint with --model.")
-        if options.plot:
-            matplotlib_pyplot()
-        task_options = task_options.of_checkpoint(name)
-        for one in options.compare:  # a wrong name shows before the data is read
-            checkpoint_config(one)
-        if task_options.holdout_share is None:
-            task_options = dataclasses.replace(task_options, holdout_share=0.0)
-        task = load_task(task_options, name)
-        # One sample for all: their losses must be of the same examples.
-        sample = Sample(
-            task.train, options.samples, options.seed, task.data_collator, task.loss_task, options.batch_size
-        )
-        measured = {one: _measure(one, task, sample, options) for one in dict.fromkeys((name, *options.compare))}
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    _write(measured, task, options, argv)
-    return 0
+def _program(
+    command: str,
+    model_options: TaskModelOptions,
+    task_options: CheckpointTaskOptions,
+    options: PrunabilityOptions,
+) -> None:
+    name = model_options.model_name_or_path
+    if name is None:
+        raise ValueError("model_name_or_path is missing: name a trained checkpoint with --model.")
+    task_options = task_options.of_checkpoint(name)
+    for one in options.compare:  # a wrong name shows before the data is read
+        checkpoint_config(one)
+    task = load_task(dataclasses.replace(task_options, holdout_share=task_options.holdout_share or 0.0), name)
+    # One sample for all: their losses must be of the same examples.
+    sample = Sample(task.train, options.samples, options.seed, task.data_collator, task.loss_task, options.batch_size)
+    measured = {one: _measure(one, task, sample, options) for one in dict.fromkeys((name, *options.compare))}
+    with not_the_input("writing the results"):
+        _write(measured, task, options, command)
 
 
 def _measure(
@@ -157,11 +148,10 @@ def _write(
     measured: dict[str, tuple[PrunabilityResult, dict[str, float]]],
     task: LearningTask,
     options: PrunabilityOptions,
-    argv: Sequence[str],
+    command: str,
 ) -> None:
     """Results and plot; the plot is that of the first checkpoint."""
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, (result, figures) in measured.items():
         low, high = result.interval or (None, None)
@@ -177,7 +167,7 @@ def _write(
     results = write_results(
         folder / RESULTS,
         title=f"Prunability on {task.name}",
-        command=public_command(["-m", "hf_efx.cli", "prunability", *argv]),
+        command=command,
         data={"name": task.name, "fingerprint": data_fingerprint(task.train, task.fingerprint_columns)},
         seeds=[options.seed],
         rows=rows,

@@ -1,4 +1,4 @@
-"""The program `hf-efx rho-loss`: trains on the examples that are learnable, worth learning and not yet learnt.
+"""The programs `hf-efx rho-loss`, training on what is learnable and not yet learnt, and of its tables.
 
     hf-efx rho-loss --label_noise 0.1 --compare uniform                # Python's own text by its part of the library
     hf-efx rho-loss --config run.yaml --irreducible_losses you/table   # a ready table: a folder or on the Hub
@@ -6,53 +6,106 @@
     hf-efx rho-loss --task causal_lm --dataset my_text.jsonl --granularity token --irreducible cross_fit
     accelerate launch scripts/train_rho_loss.py --config run.yaml
 
+A table of irreducible losses by itself, saved and pushed:
+
+    python scripts/compute_irreducible_losses.py --label_noise 0.1 --push_table_to you/irreducible-losses
+    python scripts/compute_irreducible_losses.py --irreducible cross_fit --irreducible_folds 4
+
 "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt", Mindermann et al. 2022,
 arXiv 2206.07137.
 """
 
 import dataclasses
-import sys
-from collections.abc import Sequence
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 
+from hf_efx.core.data.fingerprints import weights_fingerprint
 from hf_efx.core.data.tables import settings_of
-from hf_efx.core.results.plots import matplotlib_pyplot
-from hf_efx.core.training.checkpoints import last_complete_checkpoint
-from hf_efx.core.training.step_cost import TrainingClock
-from hf_efx.programs import task_run
-from hf_efx.programs.command_line import OptionParser, resume_point
-from hf_efx.programs.model_options import checkpoint_config
-from hf_efx.programs.task_data import load_task
+from hf_efx.core.training.arguments import EfxArguments
+from hf_efx.programs.frame import check_push, not_the_input, run_program
+from hf_efx.programs.task_data import HOLDOUT_SHARE
+from hf_efx.programs.task_report import Report, report_runs
 from hf_efx.programs.task_run import (
-    Run,
-    RunOptions,
-    compared_arguments,
-    data_settings,
+    CompareOptions,
+    PlannedRun,
+    TaskJob,
     program_defaults,
-    push_and_end,
-    set_up_logging,
-    write_runs,
+    task_trainer,
+    training_settings,
 )
-from hf_efx.programs.tasks import CORRUPTED_COLUMN, SIDE_MODEL_HELP, LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.programs.tasks import CORRUPTED_COLUMN, SIDE_MODEL_HELP, TaskModelOptions, TaskOptions
 from hf_efx.rho_loss.arguments import RHOLossArguments, RHOLossArgumentsMixin
-from hf_efx.rho_loss.irreducible_run import (
-    IrreducibleOptions,
-    how_made,
-    load_or_none,
-    make_irreducible_losses,
-    with_holdout_share,
+from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses, train_irreducible_model
+from hf_efx.rho_loss.irreducible import compute_irreducible_losses
+from hf_efx.rho_loss.irreducible_table import (
+    load_irreducible_losses,
+    push_irreducible_losses,
+    save_irreducible_losses,
 )
 from hf_efx.rho_loss.report import means
 from hf_efx.rho_loss.selection import get_selection_function
 from hf_efx.rho_loss.trainer import RHOLossTrainer
 
+# In the output folder. The Trainer pushes nothing that begins with an underscore.
+FOLDER = "_irreducible_losses"
+EPOCHS = 10
+
 
 @dataclass
-class ProgramOptions(RunOptions):
+class IrreducibleOptions:
+    """Where irreducible losses come from."""
+
+    irreducible_losses: str | None = field(
+        default=None,
+        metadata={
+            "help": "A ready table: a folder, or a data set on the Hub. It costs nothing, and must be of this data "
+            "(label noise and holdout_share included). Without it one is made and kept in the output folder."
+        },
+    )
+    irreducible: Literal["holdout", "cross_fit"] = field(
+        default="holdout",
+        metadata={
+            "help": "How one is made: 'holdout' trains one model on the holdout; 'cross_fit' keeps none, and trains a "
+            "model for each fold of the training data on the other folds."
+        },
+    )
+    irreducible_folds: int = field(
+        default=2, metadata={"help": "Folds of 'cross_fit': more leave each model more to learn from, and cost more."}
+    )
+    irreducible_model: str = field(
+        default="tiny",
+        metadata={
+            "help": "The model that gives them: " + SIDE_MODEL_HELP + " A small one costs little, and does in the "
+            "paper."
+        },
+    )
+    irreducible_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps it is trained at most; the weights that were best on the training data are kept. Nothing "
+            "means as many as trains on the holdout (on a fold's rest) ten times."
+        },
+    )
+    irreducible_learning_rate: float | None = field(
+        default=None, metadata={"help": "Its learning rate; nothing means the run's."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.irreducible_folds < 2:
+            raise ValueError(f"irreducible_folds={self.irreducible_folds}: expected 2 or more.")
+        if self.irreducible_steps is not None and self.irreducible_steps < 1:
+            raise ValueError(f"irreducible_steps={self.irreducible_steps}: expected 1 or more.")
+
+
+@dataclass
+class ProgramOptions(CompareOptions):
     """What the program does beside training."""
 
     compare: list[str] = field(
@@ -67,170 +120,261 @@ class ProgramOptions(RunOptions):
         metadata={"help": "A model that scores in the trained one's place, for its smaller cost: " + SIDE_MODEL_HELP},
     )
 
-    def __post_init__(self) -> None:
-        for name in self.compare:
-            get_selection_function(name)
+    @property
+    def comparisons(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those that are named, each of which must be known."""
+        return [name for name in self.compare if get_selection_function(name)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program.
-
-    Args:
-        argv: The command line without the program's name; None for `sys.argv[1:]`.
-
-    Returns:
-        The exit status: 0, or 130 after Ctrl-C. Wrong input ends with SystemExit(2) and a line that says what to do.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = (TaskModelOptions, TaskOptions, IrreducibleOptions, ProgramOptions, RHOLossArguments)
-    parser = OptionParser(options, None, "hf-efx rho-loss", (__doc__ or "").splitlines()[0])
-    # 25 passes of drawing at a tenth train on two and a half times as many examples as there are.
-    parser.set_defaults(**program_defaults(), output_dir="runs/rho_loss", num_train_epochs=25)
-    model_options, task_options, irreducible, program, args = parser.read(argv)
-    set_up_logging(args)
-    try:
-        if program.plot:
-            matplotlib_pyplot()
-        task, table, seconds = prepare(model_options, task_options, irreducible, args, _selections(program, args))
-        keep_card, args.model_card = args.model_card, False  # the card below says more than one written on a push
-        trainer, run = _train(task, table, model_options, program, args)
-        runs = [run]
-        for name in program.compare:
-            runs.append(_compared(name, task, table, model_options, args, run.figures["steps"]))
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    if trainer.is_world_process_zero():
-        run.figures["irreducible_seconds"] = seconds
-        write_runs(
-            Path(str(args.output_dir)),
-            "rho_loss",
-            runs,
-            trainer,
-            task,
-            command=["-m", "hf_efx.cli", "rho-loss", *argv],
-            plot=program.plot,
-            card=keep_card,
-            configuration={f.name: getattr(args, f.name) for f in dataclasses.fields(RHOLossArgumentsMixin)},
-            settings=data_settings(task_options, task),
-            baseline=program.compare[0] if program.compare else None,
-            note=how_made(table) if table is not None else "",
-        )
-        if table is not None:
-            print(f"irreducible losses: {seconds:.1f} s, beside the seconds above")
-        print(f"checkpoint: {args.output_dir}")
-    push_and_end(trainer)
-    return 0
+    """Runs `hf-efx rho-loss`, as `run_program` says."""
+    return run_program(
+        _program,
+        argv,
+        prog="hf-efx rho-loss",
+        description="Trains on the examples that are learnable, worth learning and not yet learnt.",
+        options=(TaskModelOptions, TaskOptions, IrreducibleOptions, ProgramOptions, RHOLossArguments),
+        # 25 passes of drawing at a tenth train on two and a half times as many examples as there are.
+        **{**program_defaults(), "output_dir": "runs/rho_loss", "num_train_epochs": 25},
+    )
 
 
-def prepare(
+def _program(
+    command: str,
     model_options: TaskModelOptions,
     task_options: TaskOptions,
     irreducible: IrreducibleOptions,
-    args: Any,
-    selections: Sequence[str],
-) -> tuple[LearningTask, Dataset | None, float]:
-    """Loads the task, and loads or makes the table that a selection needs.
-
-    Returns:
-        The task, the table (None where none is needed), and the seconds that making it took.
-    """
-    if model_options.model_name_or_path:  # a wrong name shows before the data is read
-        checkpoint_config(model_options.model_name_or_path)
-    needed = any(get_selection_function(name).needs_irreducible_loss for name in selections)
-    table = load_or_none(irreducible) if needed else None
-    source = None
-    if needed:
-        source = irreducible.irreducible if table is None else settings_of(table)
-    with args.main_process_first(desc="loading the data"):
-        task = load_task(with_holdout_share(task_options, source), model_options.model_name_or_path)
-    if CORRUPTED_COLUMN in task.train.column_names:
-        args.corrupted_column = args.corrupted_column or CORRUPTED_COLUMN
-    if not needed or table is not None:
-        return task, table, 0.0
-    return task, *make_irreducible_losses(task, irreducible, args, args.granularity)
-
-
-def _selections(program: ProgramOptions, args: Any) -> list[str]:
-    return ([args.selection] if args.selection_ratio < 1 else []) + program.compare
-
-
-def _train(
-    task: LearningTask,
-    table: Dataset | None,
-    model_options: TaskModelOptions,
     program: ProgramOptions,
-    args: Any,
-) -> tuple[RHOLossTrainer, Run]:
-    """The program's own run, and its saved model; a finished one is taken from the folder where a run is resumed."""
-    folder, resume = Path(str(args.output_dir)), resume_point(args.resume_from_checkpoint)
-    done = Run.load(folder, run_settings(args)) if resume is True else None
-    if done is not None:
-        model_options = TaskModelOptions(model_name_or_path=str(folder))
-    trainer = RHOLossTrainer(
-        task.model_init(args.seed, model_options),
-        args,
-        train_dataset=task.train,
-        irreducible_losses=table,
-        scoring_model=task.side_model(program.scoring_model, args.seed + 2) if program.scoring_model else None,
-        callbacks=[TrainingClock()],
-        **task.trainer_parts,
+    args: RHOLossArguments,
+) -> None:
+    selections = ([args.selection] if args.selection_ratio < 1 else []) + program.compare
+    job, table = load_selecting_job(
+        "rho_loss", command, args, task_options, model_options, irreducible, selections, program.plot
     )
-    return trainer, done or train_run(args.selection, trainer, task, resume, save=True)
 
+    def plan(name: str, args: Any, side: str | None) -> PlannedRun:
+        def trainer(args: Any) -> RHOLossTrainer:
+            parts: dict[str, Any] = {"irreducible_losses": table.losses}
+            parts["scoring_model"] = side and job.task.side_model(side, args.seed + 2)
+            return task_trainer(job.task, RHOLossTrainer, job.model(), args, **parts)
 
-def _compared(
-    name: str, task: LearningTask, table: Dataset | None, model_options: TaskModelOptions, args: Any, steps: int
-) -> Run:
-    """A run beside the program's own: the same weights to start from, as many steps, another selection."""
-    changed: dict[str, Any] = {"selection": name, "max_steps": steps}
-    if name == "uniform":  # what a plain Trainer does, bit for bit, at its cost
-        changed |= {"selection_ratio": 1.0, "rescore_every": 1, "preset": None, "train_scoring_model": False}
-    resume = resume_point(args.resume_from_checkpoint) is not None
-    args = compared_arguments(args, name, **changed)
-    folder = Path(str(args.output_dir))
-    if resume and (done := Run.load(folder, run_settings(args))):
-        return done
-    trainer = RHOLossTrainer(
-        task.model_init(args.seed, model_options),
-        args,
-        train_dataset=task.train,
-        irreducible_losses=table,
-        callbacks=[TrainingClock()],
-        **task.trainer_parts,
+        return PlannedRun(name, args, trainer, {"table": table.settings, "scoring_model": side}, selection_figures)
+
+    # A plain Trainer scores nothing; the others are scored by what scores for the program's own run.
+    sides = {name: None if name == "uniform" else program.scoring_model for name in program.compare}
+    beside = [plan(name, job.beside(name, **_selecting(name)), side) for name, side in sides.items()]
+    made, runs = job.train(plan(args.selection, args, program.scoring_model), beside)
+    runs[0].figures["irreducible_seconds"] = table.seconds
+    report = Report(
+        configuration={f.name: getattr(args, f.name) for f in dataclasses.fields(RHOLossArgumentsMixin)},
+        note=table.note,
+        baseline=program.baseline,
     )
-    return train_run(name, trainer, task, resume and last_complete_checkpoint(folder) is not None)
+    report_runs(job, made, runs, report)
+    if table.losses is not None and made.is_world_process_zero():
+        print(f"irreducible losses: {table.seconds:.1f} s, beside the seconds above")
 
 
-def train_run(
-    name: str,
-    trainer: Any,
-    task: LearningTask,
-    resume: Any = None,
-    save: bool = False,
-    settings: dict[str, Any] | None = None,
-) -> Run:
-    """`task_run.train_run` with the figures of the selection report among the others.
-
-    Args:
-        name: Of the run.
-        trainer: With a `TrainingClock` among its callbacks.
-        task: The task.
-        resume: As in `Trainer.train`.
-        save: Whether to save the model and what makes its inputs.
-        settings: By which a resumed program knows the finished run; None for `run_settings`.
-    """
-    settings = settings or run_settings(trainer.args)
-    return task_run.train_run(name, trainer, task, settings, resume, save, _selection_figures)
+def _selecting(name: str) -> dict[str, Any]:
+    """What differs in the arguments of a run with another selection."""
+    if name != "uniform":
+        return {"selection": name}
+    # What a plain Trainer does, bit for bit, at its cost.
+    plain = {"selection_ratio": 1.0, "rescore_every": 1, "preset": None, "train_scoring_model": False}
+    return {"selection": name, **plain}
 
 
-def _selection_figures(trainer: Any) -> dict[str, Any]:
+def selection_figures(trainer: Any) -> dict[str, Any]:
+    """Means of a run's selection report."""
     report = getattr(trainer, "selection_report", None)
     return {} if report is None else means(report.totals(trainer.args.device)[0])
 
 
-def run_settings(args: Any) -> dict[str, Any]:
-    """What of the arguments a finished run must share to be taken for this one."""
-    names = [f.name for f in dataclasses.fields(RHOLossArgumentsMixin) if hasattr(args, f.name)]
-    return task_run.run_settings(args, names)
+@dataclass
+class Table:
+    """Irreducible losses of a job, if its selections read any.
+
+    Attributes:
+        losses: The table.
+        seconds: That making it took; next to none where it was there.
+    """
+
+    losses: Dataset | None = None
+    seconds: float = 0.0
+
+    @property
+    def settings(self) -> Mapping[str, Any] | None:
+        """How it was made, for a run's settings."""
+        return None if self.losses is None else settings_of(self.losses)
+
+    @property
+    def note(self) -> str:
+        """In a few words, for cards."""
+        if self.losses is None:
+            return ""
+        settings = settings_of(self.losses)
+        way = f"cross-fit over {settings['folds']} folds" if "folds" in settings else "a model trained on other data"
+        return f"Irreducible losses of {settings['rows']:,} examples by {way} ({settings['model_name']})."
+
+
+def load_selecting_job(
+    method: str,
+    command: str,
+    args: Any,
+    task_options: TaskOptions,
+    model_options: TaskModelOptions,
+    irreducible: IrreducibleOptions,
+    selections: Sequence[str],
+    plot: bool = True,
+) -> tuple[TaskJob, Table]:
+    """Loads the task and the model, and loads or makes the table that one of the selections needs."""
+    needed = any(get_selection_function(name).needs_irreducible_loss for name in selections)
+    ready = irreducible.irreducible_losses if needed else None
+    losses = load_irreducible_losses(ready) if ready else None
+    source = (irreducible.irreducible if losses is None else settings_of(losses)) if needed else None
+    if task_options.label_noise:
+        args.corrupted_column = args.corrupted_column or CORRUPTED_COLUMN
+    job = TaskJob.load(method, command, args, with_holdout_share(task_options, source), model_options, plot)
+    if not needed or losses is not None:
+        return job, Table(losses)
+    return job, make_irreducible_losses(job, irreducible, args.granularity)
+
+
+def with_holdout_share(options: TaskOptions, irreducible: dict[str, Any] | str | None) -> TaskOptions:
+    """The task's options with the share of the holdout that goes with its irreducible losses, if none was given.
+
+    Args:
+        options: The task's.
+        irreducible: A table's settings, or how one will be made; None where none is needed.
+    """
+    if options.holdout_share is not None:
+        return options
+    by_holdout = irreducible == "holdout" or (isinstance(irreducible, dict) and "folds" not in irreducible)
+    return dataclasses.replace(options, holdout_share=HOLDOUT_SHARE if by_holdout else 0.0)
+
+
+def make_irreducible_losses(job: TaskJob, options: IrreducibleOptions, granularity: str) -> Table:
+    """Makes a table in `<output_dir>/_irreducible_losses/<settings' hash>`; what is there is gone on from.
+
+    Args:
+        job: Whose task it is of; with a holdout where the table is made by one. Its optimiser, batch sizes and seed
+            are the irreducible-loss model's too.
+        options: How.
+        granularity: Of the selection.
+
+    Raises:
+        ValueError: If there is no holdout to train on.
+    """
+    start, task, args = time.perf_counter(), job.task, job.args
+    if options.irreducible == "holdout" and task.holdout is None:
+        raise ValueError(
+            "irreducible='holdout' needs a holdout: give a holdout_share above 0, or irreducible='cross_fit'."
+        )
+    seed = args.seed + 1  # other weights than the trained model's, where both are of one size
+    model = task.side_model(options.irreducible_model, seed)
+    rest = len(task.holdout or task.train)
+    if options.irreducible == "cross_fit":
+        rest = len(task.train) * (options.irreducible_folds - 1) // options.irreducible_folds
+    own = _own_arguments(args, options, rest)
+    settings = {**dataclasses.asdict(options), "granularity": granularity, "model": weights_fingerprint(model)}
+    choosing = {f.name for f in dataclasses.fields(RHOLossArgumentsMixin)}  # which the table has nothing to do with
+    shared = {name: value for name, value in training_settings(own).items() if name not in choosing}
+    settings |= {"data": job.start["data"], "args": shared, "steps": own.max_steps}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    folder = job.folder / FOLDER / digest
+    own = dataclasses.replace(own, output_dir=str(folder / "training"))
+    common: dict[str, Any] = {"data_collator": task.data_collator, "processing_class": task.tokenizer}
+    scored: dict[str, Any] = {
+        "task": task.loss_task,
+        "granularity": granularity,
+        "fingerprint_columns": task.fingerprint_columns,
+        "output_dir": folder / "table",
+        **common,
+    }
+    if options.irreducible == "cross_fit":
+        table = cross_fit_irreducible_losses(
+            lambda: task.side_model(options.irreducible_model, seed),
+            task.train,
+            options.irreducible_folds,
+            args=own,
+            label_column="label" if task.labels else None,
+            **scored,
+        )
+    elif (folder / "table" / "dataset_info.json").is_file():
+        table = load_irreducible_losses(folder / "table")
+    else:
+        model = train_irreducible_model(model, own, task.holdout, task.train, **common)  # pyright: ignore
+        smoothing, size = args.label_smoothing_factor, args.per_device_eval_batch_size
+        table = compute_irreducible_losses(model, task.train, label_smoothing=smoothing, batch_size=size, **scored)
+        if args.should_save:
+            shutil.rmtree(folder / "training", ignore_errors=True)
+    return Table(table, time.perf_counter() - start)
+
+
+def _own_arguments(args: Any, options: IrreducibleOptions, examples: int) -> Any:
+    """The run's arguments for the irreducible-loss model: nothing of it is pushed, reported or resumed by hand."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = options.irreducible_steps or max(EPOCHS * examples // batch, 1)
+    return dataclasses.replace(
+        args,
+        max_steps=steps,
+        learning_rate=options.irreducible_learning_rate or args.learning_rate,
+        eval_strategy="steps",
+        eval_steps=max(steps // EPOCHS, 1),
+        logging_strategy="no",
+        push_to_hub=False,
+        resume_from_checkpoint=None,
+        report_to=[],
+        load_best_model_at_end=False,
+        metric_for_best_model=None,
+    )
+
+
+@dataclass
+class TableOptions:
+    """What becomes of the table."""
+
+    granularity: Literal["example", "token"] = field(
+        default="example",
+        metadata={"help": "'token' keeps a loss for each token of a causal model: larger, and for selecting tokens."},
+    )
+    push_table_to: str | None = field(
+        default=None,
+        metadata={"help": "Data set on the Hub that the table is pushed to, with its card and histogram."},
+    )
+
+
+def irreducible_main(argv: Sequence[str] | None = None) -> int:
+    """Runs scripts/compute_irreducible_losses.py, as `run_program` says."""
+    return run_program(
+        _make_table,
+        argv,
+        prog="compute_irreducible_losses.py",
+        description="Computes irreducible losses.",
+        options=(TaskModelOptions, TaskOptions, IrreducibleOptions, TableOptions, EfxArguments),
+        **{**program_defaults(), "output_dir": "runs/irreducible_losses"},
+    )
+
+
+def _make_table(
+    command: str,
+    model_options: TaskModelOptions,
+    task_options: TaskOptions,
+    irreducible: IrreducibleOptions,
+    table_options: TableOptions,
+    args: EfxArguments,
+) -> None:
+    if irreducible.irreducible_losses:
+        raise ValueError("irreducible_losses names a ready table, but this program makes one: leave it out.")
+    if table_options.push_table_to:
+        check_push("push_table_to", table_options.push_table_to)
+    options = with_holdout_share(task_options, irreducible.irreducible)
+    job = TaskJob.load("rho_loss", command, args, options, model_options)
+    table = make_irreducible_losses(job, irreducible, table_options.granularity)
+    if args.process_index == 0:
+        with not_the_input("saving the table"):
+            assert table.losses is not None
+            folder = save_irreducible_losses(table.losses, job.folder / "table")
+            print(f"{table.note}\n{table.seconds:.1f} s, table: {folder}")
+            if table_options.push_table_to:
+                print(f"pushed: {push_irreducible_losses(table.losses, table_options.push_table_to).commit_url}")

@@ -1,4 +1,4 @@
-"""The program `hf-efx targeted-dropout`: trains a text, image or causal language model that stands pruning.
+"""The programs `hf-efx targeted-dropout`, which trains a model that stands pruning, and scripts/prune.py.
 
     hf-efx targeted-dropout --task image_classification --compare none dropout       # bundled digits, no file needed
     hf-efx targeted-dropout --task causal_lm --granularity unit --targeting 0.5 --target_modules c_fc
@@ -6,55 +6,69 @@
     accelerate launch scripts/train_targeted_dropout.py --config run.yaml
 
 Each trained model is evaluated pruned, by the criterion that it was trained with; nothing is pruned for good: that
-does scripts/prune.py (python -m hf_efx.targeted_dropout.prune_program).
+does
+
+    python scripts/prune.py --model runs/targeted_dropout                       # the curve alone
+    python scripts/prune.py --model runs/targeted_dropout --fraction 0.9        # and a checkpoint of zeros
+    python scripts/prune.py --model gpt2 --task causal_lm --dataset my_text.jsonl --granularity unit \\
+        --target_modules c_fc --fraction 0.5 --shrink                           # and a smaller one
 
 "Learning Sparse Networks Using Targeted Dropout", Gomez et al. 2019, arXiv 1905.13678.
 """
 
+import copy
 import dataclasses
-import sys
-from collections.abc import Sequence
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import PreTrainedModel
+import torch
+from huggingface_hub import EvalResult
+from torch import nn
 
 from hf_efx.core.data.fingerprints import data_fingerprint
+from hf_efx.core.files import write_atomically
 from hf_efx.core.model.adapter import get_efx_model, unload
+from hf_efx.core.model.record import config_class, efx_record
+from hf_efx.core.results.card import write_model_card
 from hf_efx.core.results.curves import PruningCurve, check_fractions, plot_curves
-from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.results.evidence import print_results, summary_table, write_results
 from hf_efx.core.training.arguments import EfxArguments
-from hf_efx.core.training.checkpoints import last_complete_checkpoint
-from hf_efx.core.training.step_cost import TrainingClock
 from hf_efx.core.training.trainer import EfxTrainer
-from hf_efx.programs.command_line import OptionParser, config_option_fields, resume_point
-from hf_efx.programs.model_options import checkpoint_config
+from hf_efx.programs.frame import not_the_input, run_program
 from hf_efx.programs.task_data import load_task
+from hf_efx.programs.task_report import RESULTS, Report, card_names, evaluated_on, own_fields, report_runs
 from hf_efx.programs.task_run import (
-    Run,
-    RunOptions,
-    compared_arguments,
+    CompareOptions,
+    PlannedRun,
+    TaskJob,
     data_settings,
     program_defaults,
-    push_and_end,
-    run_settings,
-    set_up_logging,
-    train_run,
-    write_runs,
+    save_model,
+    task_trainer,
 )
-from hf_efx.programs.tasks import LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.programs.tasks import CheckpointTaskOptions, LearningTask, TaskModelOptions, TaskOptions
+from hf_efx.registry import METHODS
 from hf_efx.targeted_dropout.callback import TargetedDropoutCallback
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
 from hf_efx.targeted_dropout.curve import pruning_curve
+from hf_efx.targeted_dropout.prune_options import PLOT, PruneOptions
+from hf_efx.targeted_dropout.pruning import PruningPlan, PruningReport, prune
+from hf_efx.targeted_dropout.shrink import shrink
 
-COMPARISONS = ("none", "l1", "dropout")
-PLOT = "pruning_curves.png"
+CURVES, CURVE = "pruning_curves.png", "pruning_curve.json"  # of training, of scripts/prune.py
 
 
 @dataclass
-class ProgramOptions(RunOptions):
+class ProgramOptions(CompareOptions):
     """What the program does beside training."""
+
+    comparisons: ClassVar = ("none", "l1", "dropout")
 
     compare: list[str] = field(
         default_factory=list,
@@ -78,74 +92,62 @@ class ProgramOptions(RunOptions):
     )
 
     def __post_init__(self) -> None:
-        for name in self.compare:
-            if name not in COMPARISONS:
-                raise ValueError(f"compare={name!r}: expected some of {', '.join(COMPARISONS)}.")
+        super().__post_init__()
         self.fractions = list(check_fractions(self.fractions))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program.
+    """Runs `hf-efx targeted-dropout`, as `run_program` says."""
+    return run_program(
+        _train,
+        argv,
+        prog="hf-efx targeted-dropout",
+        description="Trains a text, image or causal language model that stands pruning.",
+        options=(TaskModelOptions, TaskOptions, ProgramOptions, EfxArguments),
+        config=TargetedDropoutConfig,
+        **{**program_defaults(), "output_dir": "runs/targeted_dropout", "num_train_epochs": 5},
+    )
 
-    Args:
-        argv: The command line without the program's name; None for `sys.argv[1:]`.
 
-    Returns:
-        The exit status: 0, or 130 after Ctrl-C. Wrong input ends with SystemExit(2) and a line that says what to do.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = (TaskModelOptions, TaskOptions, ProgramOptions, EfxArguments)
-    parser = OptionParser(options, TargetedDropoutConfig, "hf-efx targeted-dropout", (__doc__ or "").splitlines()[0])
-    parser.set_defaults(**program_defaults(), output_dir="runs/targeted_dropout", num_train_epochs=5)
-    model_options, task_options, program, args, config = parser.read(argv)
-    set_up_logging(args)
-    try:
-        if program.plot:
-            matplotlib_pyplot()
-        if model_options.model_name_or_path:  # a wrong name shows before the data is read
-            checkpoint_config(model_options.model_name_or_path)
-        with args.main_process_first(desc="loading the data"):
-            options = dataclasses.replace(task_options, holdout_share=task_options.holdout_share or 0.0)
-            task = load_task(options, model_options.model_name_or_path)
-        configs = {"targeted_dropout": config} | {name: _compared(name, config, program) for name in program.compare}
-        for one in configs.values():  # what can't be done shows before anything is trained
-            _model(task, model_options, args.seed, one)
-        keep_card, args.model_card = args.model_card, False  # the card below says more than one written on a push
-        resume = resume_point(args.resume_from_checkpoint)
-        trainer, run = _train("targeted_dropout", task, model_options, args, resume, config, config, program)
-        runs = [run]
-        for name in program.compare:
-            beside = compared_arguments(args, name, max_steps=run.figures["steps"])
-            runs.append(_train(name, task, model_options, beside, resume, configs[name], config, program)[1])
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
+def _train(
+    command: str,
+    model_options: TaskModelOptions,
+    task_options: TaskOptions,
+    program: ProgramOptions,
+    args: EfxArguments,
+    config: TargetedDropoutConfig,
+) -> None:
+    job = TaskJob.load("targeted_dropout", command, args, task_options, model_options, program.plot)
+    modules = list(config.match(unload(job.model())))  # one list for all runs, whatever each is trained with
+
+    def plan(name: str, args: Any, own: TargetedDropoutConfig | None) -> PlannedRun:
+        def trainer(args: Any) -> EfxTrainer:
+            model = unload(job.model())  # what a checkpoint says of training before gives way to the config
+            callbacks = [TargetedDropoutCallback()] if own else []
+            return task_trainer(job.task, EfxTrainer, get_efx_model(model, own) if own else model, args, callbacks)
+
+        def pruned(trainer: EfxTrainer) -> dict[str, float]:
+            return _pruned(trainer, job.task, config, modules, program.fractions)
+
+        settings = {"method": own and own.method_fields(), "fractions": program.fractions}
+        settings["criterion"] = config.method_fields()
+        return PlannedRun(name, args, trainer, settings, pruned)
+
+    beside = [plan(name, job.beside(name), _compared(name, config, program)) for name in program.compare]
+    trainer, runs = job.train(plan("targeted_dropout", args, config), beside)
+    if program.plot and trainer.is_world_process_zero():
+        curves = {run.name: _curve(run.figures, job.task, program) for run in runs}
+        plot_curves(curves, job.folder / CURVES)
+    columns = [(_key(fraction), f"{fraction:.0%} pruned", ".4g") for fraction in program.fractions]
+    report = Report(
+        configuration=own_fields(config),
+        note="Nothing is pruned yet: this is an ordinary dense model, made to stand it.",
+        baseline=program.baseline,
+        columns=[{"key": key, "title": title, "format": spec} for key, title, spec in columns],
+    )
+    report_runs(job, trainer, runs, report)
     if trainer.is_world_process_zero():
-        folder = Path(str(args.output_dir))
-        if program.plot:
-            plot_curves({one.name: _curve(one, task, program) for one in runs}, folder / PLOT)
-        write_runs(
-            folder,
-            "targeted_dropout",
-            runs,
-            trainer,
-            task,
-            command=["-m", "hf_efx.cli", "targeted-dropout", *argv],
-            plot=program.plot,
-            card=keep_card,
-            configuration={f.name: getattr(config, f.name) for f in config_option_fields(TargetedDropoutConfig)},
-            settings=data_settings(task_options, task),
-            baseline=program.compare[0] if program.compare else None,
-            note="Nothing is pruned yet: this is an ordinary dense model, made to stand it.",
-            columns=[
-                {"key": _key(fraction), "title": f"{fraction:.0%} pruned", "format": ".4g"}
-                for fraction in program.fractions
-            ],
-        )
-        print(f"checkpoint: {folder}; to prune it: python scripts/prune.py --model {folder} --fraction ...")
-    push_and_end(trainer)
-    return 0
+        print(f"to prune it: python scripts/prune.py --model {job.folder} --fraction ...")
 
 
 def _compared(name: str, config: TargetedDropoutConfig, program: ProgramOptions) -> TargetedDropoutConfig | None:
@@ -155,77 +157,33 @@ def _compared(name: str, config: TargetedDropoutConfig, program: ProgramOptions)
     changed: dict[str, Any] = {"selection": "random", "rate": program.compare_rate, "l1": 0.0}
     if name == "l1":
         changed = {"rate": 0.0, "l1": program.compare_l1}
-    return TargetedDropoutConfig(**{**config.method_fields(), "ramp": "none", "ramp_steps": None, **changed})
-
-
-def _model(
-    task: LearningTask, options: TaskModelOptions, seed: int, config: TargetedDropoutConfig | None
-) -> PreTrainedModel:
-    """The model; what a checkpoint says of training before gives way to the config."""
-    model = unload(task.model_init(seed, options))
-    return model if config is None else get_efx_model(model, config)
-
-
-def _train(
-    name: str,
-    task: LearningTask,
-    model_options: TaskModelOptions,
-    args: Any,
-    resume: Any,
-    config: TargetedDropoutConfig | None,
-    criterion: TargetedDropoutConfig,
-    program: ProgramOptions,
-) -> tuple[EfxTrainer, Run]:
-    """A run, the program's own with its saved model; a finished one is taken from its folder on resuming."""
-    folder, own = Path(str(args.output_dir)), name == "targeted_dropout"
-    settings = _settings(name, task, args, config, model_options, program)
-    clock = TrainingClock()
-    parts: dict[str, Any] = {"train_dataset": task.train, **task.trainer_parts}
-    done = Run.load(folder, settings) if (resume is True if own else resume is not None) else None
-    if done is not None:
-        model = task.model_init(args.seed, TaskModelOptions(model_name_or_path=str(folder)) if own else model_options)
-        return EfxTrainer(model, args, callbacks=[clock], **parts), done
-    model = _model(task, model_options, args.seed, config)
-    callbacks: list[Any] = [clock] if config is None else [TargetedDropoutCallback(), clock]
-    trainer = EfxTrainer(model, args, callbacks=callbacks, **parts)
-    if not own:  # the option names the program's own checkpoint
-        resume = resume is not None and last_complete_checkpoint(folder) is not None
-
-    return trainer, train_run(
-        name,
-        trainer,
-        task,
-        settings,
-        resume,
-        save=own,
-        figures=lambda trainer: _pruned(trainer, task, criterion, program),
-    )
+    return dataclasses.replace(config, ramp="none", ramp_steps=None, **changed)
 
 
 def _pruned(
-    trainer: EfxTrainer, task: LearningTask, criterion: TargetedDropoutConfig, program: ProgramOptions
+    trainer: EfxTrainer,
+    task: LearningTask,
+    config: TargetedDropoutConfig,
+    modules: list[str],
+    fractions: Sequence[float],
 ) -> dict[str, float]:
-    """The metric at each share pruned, by the criterion of the program's own config."""
-
-    def evaluate(model: Any) -> float:
-        return trainer.predict(task.validation, metric_key_prefix="eval").metrics[f"eval_{task.metric}"]  # pyright: ignore
-
+    """The metric at each share pruned: of every run in the same modules, by the criterion of the program's config."""
     curve = pruning_curve(
         trainer.accelerator.unwrap_model(trainer.model),
-        evaluate,
-        program.fractions,
-        granularity=criterion.granularity,  # pyright: ignore[reportArgumentType]
-        scope=criterion.scope,  # pyright: ignore[reportArgumentType]
+        lambda model: _evaluate(trainer, task),
+        fractions,
+        granularity=config.granularity,  # pyright: ignore[reportArgumentType]
+        scope=config.scope,  # pyright: ignore[reportArgumentType]
         metric=task.metric,
         higher_is_better=task.higher_is_better,
-        target_modules=criterion.target_modules,
-        exclude_modules=criterion.exclude_modules,
+        target_modules=modules,
+        blocks=config.blocks,
     )
     return {_key(fraction): value for fraction, value in curve.points}
 
 
-def _curve(run: Run, task: LearningTask, program: ProgramOptions) -> PruningCurve:
-    points = tuple((fraction, run.figures[_key(fraction)]) for fraction in program.fractions)
+def _curve(figures: Mapping[str, Any], task: LearningTask, program: ProgramOptions) -> PruningCurve:
+    points = tuple((fraction, figures[_key(fraction)]) for fraction in program.fractions)
     return PruningCurve(points, task.metric, task.higher_is_better)
 
 
@@ -233,15 +191,210 @@ def _key(fraction: float) -> str:
     return f"pruned_{100 * fraction:g}"
 
 
-def _settings(
-    name: str,
-    task: LearningTask,
-    args: Any,
-    config: TargetedDropoutConfig | None,
+def _evaluate(trainer: EfxTrainer, task: LearningTask) -> dict[str, float]:
+    """Figures of the validation set, without a row in the log."""
+    metrics: Any = trainer.predict(task.validation, metric_key_prefix="eval").metrics  # pyright: ignore[reportArgumentType]
+    return {name: metrics[f"eval_{name}"] for name in ("loss", *task.metrics)}
+
+
+def prune_main(argv: Sequence[str] | None = None) -> int:
+    """Runs scripts/prune.py, as `run_program` says."""
+    return run_program(
+        _prune,
+        argv,
+        prog="prune.py",
+        description="Prunes a checkpoint, and shows how it stands that.",
+        options=(TaskModelOptions, CheckpointTaskOptions, PruneOptions, EfxArguments),
+        **{**program_defaults(), "output_dir": "runs/pruned"},
+    )
+
+
+def _prune(
+    command: str,
     model_options: TaskModelOptions,
-    program: ProgramOptions,
+    task_options: CheckpointTaskOptions,
+    pruning: PruneOptions,
+    args: EfxArguments,
+) -> None:
+    if not model_options.model_name_or_path:
+        raise ValueError("model_name_or_path is missing: name the checkpoint to prune with --model.")
+    card, args.model_card = args.model_card, False  # ours says more than one written on a push
+    task, trainer = _load_checkpoint(model_options, task_options, args)
+    model: Any = trainer.model
+    folder = Path(str(args.output_dir))
+    plan = PruningPlan.of(model, **pruning.selection)
+    if pruning.shrink and (plan.granularity != "unit" or not pruning.fraction):
+        raise ValueError("shrink=True takes pruned units out: pass --granularity unit and a --fraction above 0.")
+    if pruning.fraction:  # what can't be pruned shows before the curve is drawn
+        plan.changes(pruning.fraction)
+    curve = pruning_curve(
+        model,
+        lambda model: _evaluate(trainer, task),
+        pruning.fractions,
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        **pruning.selection,
+    )
+    if trainer.is_world_process_zero():
+        write_atomically(folder / CURVE, json.dumps(curve.to_dict(), indent=1) + "\n")
+        if pruning.plot:
+            curve.plot(folder / PLOT)
+    settings = {"model": model_options.model_name_or_path, **data_settings(task_options, task)}
+    settings |= {"fraction": pruning.fraction, "shrink": pruning.shrink, **pruning.selection}
+    settings |= {"granularity": plan.granularity, "scope": plan.scope}
+    rows, report = _pruned_rows(trainer, task, pruning)
+    with not_the_input("saving"):
+        if report is not None:
+            save_model(trainer, task)
+            rows[-1]["file_bytes"] = _weight_bytes(folder)
+        if trainer.is_world_process_zero():
+            results = _write_results(command, trainer, task, [*rows, *_points(curve)], settings, pruning.plot)
+            if report is not None and card:
+                _write_card(trainer, task, curve, rows[-1], settings, summary_table(results), pruning.plot)
+            print(report or "nothing was pruned for good", f"\n{'checkpoint' if report else 'the curve'}: {folder}")
+        if report is not None and args.push_to_hub:
+            trainer.push_to_hub()
+        trainer.accelerator.wait_for_everyone()  # the first process wrote meanwhile; groups end together
+
+
+def _load_checkpoint(
+    model_options: TaskModelOptions, task_options: CheckpointTaskOptions, args: EfxArguments
+) -> tuple[LearningTask, EfxTrainer]:
+    name = str(model_options.model_name_or_path)
+    with args.main_process_first(desc="loading the data"):
+        task = load_task(task_options.of_checkpoint(name), name)
+    model = task.model_init(args.seed, model_options, trained=True)
+    return task, task_trainer(task, EfxTrainer, model, args)
+
+
+def _pruned_rows(
+    trainer: EfxTrainer, task: LearningTask, options: PruneOptions
+) -> tuple[list[dict[str, Any]], PruningReport | None]:
+    """Prunes and shrinks the Trainer's model; the figures of the dense model and of what it became."""
+    model: Any = trainer.model
+    rows = [{"configuration": "as it was", **_evaluate(trainer, task), **_sizes(model)}]
+    with tempfile.TemporaryDirectory(dir=str(trainer.args.output_dir)) as folder:
+        model.save_pretrained(folder)
+        rows[0]["file_bytes"] = _weight_bytes(Path(folder))
+    if not options.fraction:
+        return rows, None
+    dense = copy.deepcopy(model)  # so that the two are timed in turn
+    report = prune(model, options.fraction, **options.selection)
+    name = f"{options.fraction:.4g} pruned"
+    if options.shrink:
+        shrink(model)
+        name += ", shrunk"
+    rows.append({"configuration": name, **_evaluate(trainer, task), **_sizes(model)})
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    for row, seconds in zip(rows, _step_seconds([dense, model], batch, options.timed_rounds), strict=True):
+        row["training_step_seconds"], row["forward_seconds"] = seconds
+    return rows, report
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    parameters = list(model.parameters())
+    nonzero = sum(int(p.count_nonzero()) for p in parameters)
+    return {"parameters": sum(p.numel() for p in parameters), "nonzero_parameters": nonzero}
+
+
+def _weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _step_seconds(models: Sequence[nn.Module], batch: Mapping[str, Any], rounds: int) -> list[tuple[float, float]]:
+    """Median seconds of each model's forward and backward pass, and of its forward pass in evaluation, on one batch.
+
+    The models take turns, after one round to warm up, so that a machine that slows down slows all of them.
+    """
+    times: list[tuple[list[float], list[float]]] = [([], []) for _ in models]
+    for i in range(rounds + 1):
+        for model, (training, forward) in zip(models, times, strict=True):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            model.train()
+            start = _now()
+            torch.autograd.grad(model(**batch).loss, parameters, allow_unused=True)
+            middle = _now()
+            model.eval()
+            with torch.no_grad():
+                model(**batch)
+            end = _now()
+            if i:
+                training.append(middle - start)
+                forward.append(end - middle)
+    return [(statistics.median(training), statistics.median(forward)) for training, forward in times]
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _points(curve: PruningCurve) -> list[dict[str, Any]]:
+    return [{"configuration": f"curve: {f:.4g} pruned", curve.metric: value} for f, value in curve.points]
+
+
+def _write_results(
+    command: str,
+    trainer: EfxTrainer,
+    task: LearningTask,
+    rows: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    plot: bool,
 ) -> dict[str, Any]:
-    """What a finished run must share to be taken for this one."""
-    own = {**(config.method_fields() if config else {}), **dataclasses.asdict(model_options)}
-    data = data_fingerprint(task.train, task.fingerprint_columns)
-    return {"run": name, "data": data, "fractions": program.fractions, **run_settings(args), **own}
+    shown = [(task.metric, ".4g"), ("parameters", "d"), ("nonzero_parameters", "d"), ("file_bytes", "d")]
+    shown += [("training_step_seconds", ".4g"), ("forward_seconds", ".4g")]
+    there = {key for row in rows for key in row}
+    results = write_results(
+        Path(str(trainer.args.output_dir)) / RESULTS,
+        title=f"Pruning on {task.name}",
+        command=command,
+        data={"name": task.name, "fingerprint": data_fingerprint(task.train, task.fingerprint_columns)},
+        seeds=[trainer.args.seed],
+        rows=[{**row, "seed": trainer.args.seed} for row in rows],
+        claims=[],
+        columns=[{"key": k, "title": k.replace("_", " "), "format": spec} for k, spec in shown if k in there],
+        settings=settings,
+        plot=PLOT if plot else None,
+    )
+    print_results(results)
+    return results
+
+
+def _write_card(
+    trainer: EfxTrainer,
+    task: LearningTask,
+    curve: PruningCurve,
+    row: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    comparison: Any,
+    plot: bool,
+) -> None:
+    """Writes the card of the checkpoint."""
+    data = evaluated_on(task)
+    own = EvalResult(metric_type=task.metric, metric_value=row[task.metric], **data)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    methods = [entry["method"] for entry in (efx_record(model) or {"methods": []})["methods"]]
+    what = "taken out" if settings["shrink"] else "set to zero: they take as many bytes and as much time as others"
+    folder = Path(str(trainer.args.output_dir))
+    write_model_card(
+        folder,
+        methods=methods,
+        results=[own, *curve.to_eval_results(**data)],
+        description=(
+            f"A {model.config.model_type} model of {row['parameters']:,} parameters, {row['nonzero_parameters']:,} of "
+            f"them not zero. Of the layers' {settings['granularity']}s {settings['fraction']:.4g} were pruned by "
+            f"magnitude, without training afterwards, and {what}. The curve shows the model as it was, pruned by "
+            f"other shares."
+        ),
+        auto_class=task.auto_class,
+        needs_hf_efx=any(config_class(name).changes_skeleton for name in methods),
+        configuration={"pruning": settings},
+        comparison=comparison,
+        plot=PLOT if plot else None,
+        citations=[METHODS[name].citation for name in dict.fromkeys([*methods, "targeted_dropout"])],
+        tags=["pruned"],
+        pipeline_tag=task.pipeline_tag,
+        **card_names(folder, trainer),
+    )

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from two_processes import Kill
 
 from goldiprox.tiny import draw, proxy, replay, sequence, weights
-from hf_efx.programs.task_run import end_processes
+from hf_efx.programs.frame import end_processes
 
 SPLIT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd"}
 SELECTING = {"per_device_train_batch_size": 2, "optim": "sgd", "selection_scope": "global", "save_steps": 2}

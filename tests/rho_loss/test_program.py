@@ -1,8 +1,6 @@
 """The programs `hf-efx rho-loss` and compute_irreducible_losses: options to table, checkpoint, card, figures."""
 
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +9,21 @@ import pytest
 import torch
 from datasets import load_from_disk
 from huggingface_hub import ModelCard
+from program_runs import IMAGES, MODEL, QUIET, curve, rows_of, write_images, write_text
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from hf_efx.core.data.tables import settings_of
+from hf_efx.programs.run_folder import Run
 from hf_efx.programs.task_data import load_task
-from hf_efx.programs.task_run import Run, compare_runs
+from hf_efx.programs.task_report import compare_runs
 from hf_efx.programs.tasks import LearningTask, TaskModelOptions, TaskOptions
-from hf_efx.rho_loss import irreducible_program, program
+from hf_efx.rho_loss import program
 from hf_efx.rho_loss.arguments import PRESETS
-from hf_efx.rho_loss.irreducible_run import with_holdout_share
 from hf_efx.rho_loss.irreducible_table import load_irreducible_losses
-from rho_loss.programs import IMAGES, MODEL, SHORT, curve, rows_of, write_images
+from hf_efx.rho_loss.program import with_holdout_share
 
+SHORT = [*QUIET, "--per_device_train_batch_size", "4", "--selection_ratio", "0.25"]
 TABLE = ["--irreducible_model", f"resnet:{MODEL}", "--irreducible_steps", "2"]
 STEPS = ["--max_steps", "10", "--eval_steps", "5", "--save_steps", "5", "--label_noise", "0.2", "--no_plot"]
 
@@ -98,7 +98,7 @@ def test_the_plain_run_beside_it_is_what_a_plain_trainer_does(train, images, tmp
 def test_a_ready_table_gives_the_run_that_one_made_on_the_spot_gives(train, images, tmp_path):
     argv = [*IMAGES, "--dataset", images, "--output_dir", tmp_path / "losses", *TABLE, "--label_noise", 0.2]
     argv += ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", 4]
-    assert irreducible_program.main([str(word) for word in argv]) == 0
+    assert program.irreducible_main([str(word) for word in argv]) == 0
     made, _ = train(*TABLE, out="made")
     ready, rows = train("--irreducible_losses", tmp_path / "losses" / "table", out="ready")
     assert curve(made) == curve(ready) and rows["rho_loss"]["irreducible_seconds"] == 0
@@ -132,42 +132,6 @@ def test_cross_fit_holds_nothing_out(train, tmp_path):
     assert with_holdout_share(TaskOptions(holdout_share=0.1), "holdout").holdout_share == 0.1
 
 
-def test_an_interrupted_program_goes_on_where_it_stopped(train, tmp_path, monkeypatch, images):
-    whole, expected = train(*TABLE, "--compare", "uniform", out="whole")
-    trained: list[str] = []
-    real = program.train_run
-
-    def interrupt(name: str, *arguments: Any, **options: Any) -> Run:
-        trained.append(name)
-        if name == "uniform" and len(trained) == 2:
-            raise KeyboardInterrupt
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(program, "train_run", interrupt)
-    argv = [*IMAGES, *SHORT, *STEPS, *TABLE, "--compare", "uniform", "--dataset", images]
-    argv = [str(word) for word in [*argv, "--output_dir", tmp_path / "cut"]]
-    assert program.main(argv) == 130
-    assert program.main([*argv, "--resume_from_checkpoint", "true"]) == 0
-    assert trained == ["rho_loss", "uniform", "uniform"]  # what was finished isn't trained again
-    for name, row in rows_of(tmp_path / "cut").items():
-        assert row["eval_accuracy"] == expected[name]["eval_accuracy"]
-        assert row["eval_loss"] == expected[name]["eval_loss"]
-    weights = [load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "cut")]
-    assert all(weights[0][name].equal(value) for name, value in weights[1].items())
-
-
-def test_a_run_resumed_from_its_checkpoint_ends_where_the_whole_one_does(train):
-    folder, whole = train(*TABLE)
-    shutil.rmtree(folder / "checkpoint-10")
-    (folder / "run.json").unlink()
-    _, resumed = train(*TABLE, "--resume_from_checkpoint", "true")
-    assert resumed["rho_loss"]["eval_loss"] == whole["rho_loss"]["eval_loss"]
-    assert resumed["rho_loss"]["train_seconds"] > 0 and len(curve(folder)) == 2
-    # Other settings: the finished run isn't taken for this one.
-    _, longer = train(*TABLE, "--max_steps", 15, "--resume_from_checkpoint", "true")
-    assert longer["rho_loss"]["steps"] == 15
-
-
 def test_a_scoring_model_and_the_preset(train):
     folder, rows = train(*TABLE, "--scoring_model", "tiny", "--train_scoring_model", "--preset", "fast")
     settings = json.loads((folder / "results.json").read_text())["settings"]
@@ -177,8 +141,7 @@ def test_a_scoring_model_and_the_preset(train):
 
 
 def test_tokens_of_a_causal_model(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"line {i} of the text " + "has words " * (i % 4) for i in range(150)))
+    text = write_text(tmp_path / "text.txt")
     small = "n_layer=1,n_embd=8,n_head=2,n_positions=32"
     argv = ["--task", "causal_lm", "--dataset", text, "--block_size", 32, "--model_type", "gpt2", *SHORT]
     argv += ["--config_overrides", small, "--granularity", "token", "--irreducible_model", f"gpt2:{small}"]
@@ -224,8 +187,6 @@ def test_when_a_run_reached_the_baseline_by_hand():
         (["--irreducible_model", "resnet:depth=1"], "'depth' is no setting of ResNetConfig"),
         (["--irreducible_folds", "1"], "irreducible_folds=1"),
         (["--holdout_share", "0"], "give a holdout_share above 0, or irreducible='cross_fit'"),
-        (["--dataset", "./not-there"], "there is no such folder of idx files"),
-        (["--model", "./not-there"], "there is no such folder"),
         (["--resume_from_checkpoint", "true"], "No valid checkpoint found"),
         (["--train_scoring_model"], "needs a scoring_model"),
         (["--granularity", "token"], "granularity='token'"),
@@ -234,8 +195,6 @@ def test_when_a_run_reached_the_baseline_by_hand():
 )
 def test_wrong_input_ends_with_status_2_before_training(images, tmp_path, capsys, arguments, words):
     argv = [*IMAGES, *SHORT, *STEPS, *TABLE, "--dataset", str(images), "--output_dir", str(tmp_path / "out")]
-    if "--model" in arguments:
-        argv = [word for word in argv if word not in ("--config_overrides", MODEL)]
     with pytest.raises(SystemExit) as ended:
         program.main([*argv, *arguments])
     assert ended.value.code == 2
@@ -243,80 +202,9 @@ def test_wrong_input_ends_with_status_2_before_training(images, tmp_path, capsys
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_an_error_inside_training_is_not_taken_for_wrong_input(train, monkeypatch):
-    def fail(*_: Any, **__: Any) -> None:
-        raise ValueError("in the middle")
-
-    monkeypatch.setattr("hf_efx.rho_loss.trainer.RHOLossTrainer.evaluate", fail)
-    with pytest.raises(RuntimeError, match="uniform failed at step 5") as caught:
-        train("--selection", "uniform")
-    assert "in the middle" in str(caught.value.__cause__)
-
-
-def test_without_matplotlib_the_error_names_the_extra(train, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit):
-        train("--plot", "true")
-    assert "pip install 'hf_efx[plot]', or pass --plot false" in capsys.readouterr().err
-
-
 def test_the_program_s_options_have_help_texts():
     from hf_efx.core.training.arguments import describe_options
-    from hf_efx.rho_loss.irreducible_run import IrreducibleOptions
 
-    for options in (TaskOptions, TaskModelOptions, IrreducibleOptions, program.ProgramOptions):
+    for options in (TaskOptions, TaskModelOptions, program.IrreducibleOptions, program.ProgramOptions):
         assert all(option.help for option in describe_options(options))
-    assert describe_options(irreducible_program.TableOptions)
-
-
-PUSHED = """
-    import json, sys
-    from hf_efx.rho_loss import irreducible_program, program
-    table, train = json.loads(sys.argv[1])
-    assert irreducible_program.main(table) == 0
-    sys.exit(program.main(train))
-"""
-
-
-def test_table_and_model_to_and_from_the_hub(hub, run_python, images, tmp_path):
-    common = [*IMAGES, "--dataset", str(images), "--label_noise", "0.2", "--use_cpu", "--disable_tqdm", "true"]
-    table = [*common, *TABLE, "--output_dir", str(tmp_path / "losses"), "--push_table_to", "tester/rho-table"]
-    train = [*IMAGES, *SHORT, *STEPS, "--dataset", str(images), "--output_dir", str(tmp_path / "out")]
-    train += ["--irreducible_losses", "tester/rho-table", "--compare", "uniform", "--max_steps", "4"]
-    train += ["--push_to_hub", "--hub_model_id", "tester/rho-model"]
-    run_python(PUSHED, env=hub.env, args=[json.dumps([table, train])])
-    back = """
-        import json
-        from huggingface_hub import HfApi, ModelCard
-        from transformers import AutoModelForImageClassification
-        model = AutoModelForImageClassification.from_pretrained("tester/rho-model")
-        card = ModelCard.load("tester/rho-model")
-        files = HfApi().list_repo_files("tester/rho-model")
-        value = card.data.eval_results[0].metric_value
-        print(json.dumps({"parameters": model.num_parameters(), "value": value, "files": files}))
-    """
-    seen = json.loads(run_python(back, env=hub.env).splitlines()[-1])
-    row = rows_of(tmp_path / "out")["rho_loss"]
-    assert (seen["parameters"], seen["value"]) == (row["parameters"], row["eval_accuracy"])
-    assert {"README.md", "results.json", "preprocessor_config.json", "model.safetensors"} <= set(seen["files"])
-    assert not [name for name in seen["files"] if "irreducible" in name or "uniform" in name]
-
-
-def test_two_processes_run_the_script(images, tmp_path):
-    import os
-    import subprocess
-
-    from conftest import REPOSITORY
-
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    command = [sys.executable, *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
-    argv = [*IMAGES, *SHORT, *STEPS, *TABLE, "--dataset", images, "--output_dir", tmp_path / "out"]
-    argv += ["--selection_scope", "global"]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    script = str(REPOSITORY / "scripts" / "train_rho_loss.py")
-    done = subprocess.run([*command, script, *map(str, argv)], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    rows = rows_of(tmp_path / "out")
-    assert rows["rho_loss"]["rank_overlap"] == 0 and rows["rho_loss"]["steps"] == 10
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["processes"] == 2
-    assert done.stdout.count("checkpoint:") == 1
+    assert describe_options(program.TableOptions)

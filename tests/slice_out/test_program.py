@@ -1,18 +1,13 @@
 """The program `hf-efx slice-out`: options to checkpoint, card and figures, runs beside it, resuming."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
 from huggingface_hub import ModelCard
-from rho_loss.programs import IMAGES, curve, rows_of, write_images
+from program_runs import GPT2, IMAGES, QUIET, rows_of, write_images, write_text
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, Trainer, TrainingArguments
@@ -20,12 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 from hf_efx import cli
 from hf_efx.core.training.step_cost import TrainingClock
 from hf_efx.programs.task_data import load_task
+from hf_efx.programs.task_run import TaskJob
 from hf_efx.programs.tasks import TaskModelOptions, TaskOptions
-from hf_efx.slice_out import program
 
-SHORT = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--no_plot", "--align", "2"]
+SHORT = [*QUIET, "--per_device_train_batch_size", "4", "--no_plot", "--align", "2"]
 STEPS = ["--max_steps", "6", "--eval_steps", "3", "--save_steps", "3", "--logging_steps", "1", "--rate", "0.5"]
-GPT2 = "n_layer=2,n_embd=16,n_positions=32"
 OFF = "resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0,n_head=4"
 
 
@@ -36,9 +30,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n\n".join(f"line {i} of the text " + "has words " * (i % 4) for i in range(150)))
-    return file
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def run(folder: Path, *arguments: object) -> dict[str, dict[str, Any]]:
@@ -82,14 +74,14 @@ def test_an_image_classifier_beside_a_plain_run(images, tmp_path, capsys):
 
 def test_a_language_model_beside_none_and_its_own_dropout(text, tmp_path, monkeypatch):
     trained: dict[str, list[float]] = {}
-    real = program.train_run
+    real = TaskJob._run
 
-    def spy(name: str, trainer: Any, *arguments: Any, **options: Any) -> Any:
+    def spy(self: TaskJob, plan: Any, trainer: Any, *arguments: Any, **options: Any) -> Any:
         found = {n: m.p for n, m in trainer.model.named_modules() if isinstance(m, nn.Dropout)}
-        trained[name] = [found["transformer.drop"], *(p for n, p in found.items() if ".h." in n)]
-        return real(name, trainer, *arguments, **options)
+        trained[plan.name] = [found["transformer.drop"], *(p for n, p in found.items() if ".h." in n)]
+        return real(self, plan, trainer, *arguments, **options)
 
-    monkeypatch.setattr(program, "train_run", spy)
+    monkeypatch.setattr(TaskJob, "_run", spy)
     rate = ["--rate", "{mlp: 0.25, attention: 0.5}"]
     rows = run(tmp_path / "out", *language(text), *rate, "--compare", "none", "dropout")
     assert list(rows) == ["slice_out", "none", "dropout"]
@@ -142,26 +134,6 @@ def test_text_classification_with_nothing_but_the_task(text, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_attention_heads"] == 4
 
 
-def test_a_run_resumed_ends_where_the_whole_one_does(text, tmp_path, monkeypatch):
-    arguments = [*language(text), "--compare", "none"]
-    whole = run(tmp_path, *arguments)
-    weights = load_file(tmp_path / "model.safetensors")
-    shutil.rmtree(tmp_path / "checkpoint-6")
-    (tmp_path / "run.json").unlink()
-    trained: list[str] = []
-    real = program.train_run
-    monkeypatch.setattr(program, "train_run", lambda name, *a, **o: trained.append(name) or real(name, *a, **o))
-    resumed = run(tmp_path, *arguments, "--resume_from_checkpoint", "true")
-    assert trained == ["slice_out"]  # the plain run was finished
-    for name, row in resumed.items():
-        assert row["eval_loss"] == whole[name]["eval_loss"] and len(curve(tmp_path)) == 2
-    assert all(weights[name].equal(value) for name, value in load_file(tmp_path / "model.safetensors").items())
-    assert run(tmp_path, *arguments, "--resume_from_checkpoint", "true") == resumed and trained == ["slice_out"]
-    # Other settings: the finished run isn't taken for this one.
-    with pytest.raises(SystemExit):
-        run(tmp_path, *arguments, "--resume_from_checkpoint", "true", "--rate", "0.25")
-
-
 def test_a_measurement_is_left_out_of_the_clock(monkeypatch):
     now = iter([0.0, 10.0, 30.0])
     monkeypatch.setattr("hf_efx.core.training.step_cost.time.perf_counter", lambda: next(now))
@@ -183,12 +155,11 @@ def test_a_measurement_is_left_out_of_the_clock(monkeypatch):
         (["--targets", "5"], "targets=5"),
         (["--starts", "anywhere"], "starts='anywhere'"),
         (["--blocks", "fc1"], "unknown option --blocks"),
-        (["--compare", "uniform"], "compare='uniform': expected some of none, dropout"),
+        (["--compare", "uniform"], "compare='uniform': expected some of none, dropout, each once"),
         (["--compare", "dropout"], "ResNetForImageClassification has no dropout of its own"),
         (["--align", "8"], "rounds to a width of"),
         (["--targets", "mlp"], "choose no block of ResNetForImageClassification"),
         (["--final_dense_steps", "6"], "final_dense_steps=6 leaves no sliced step"),
-        (["--dataset", "./not-there"], "there is no such folder of idx files"),
         (["--resume_from_checkpoint", "true"], "No valid checkpoint found"),
     ],
 )
@@ -197,16 +168,3 @@ def test_wrong_input_ends_with_status_2_before_training(images, tmp_path, capsys
         run(tmp_path / "out", *IMAGES, "--dataset", images, *arguments)
     assert ended.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_two_processes_run_the_script(images, tmp_path):
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    command = [sys.executable, *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
-    argv = [*IMAGES, *SHORT, *STEPS, "--dataset", images, "--output_dir", tmp_path, "--compare", "none"]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    script = str(REPOSITORY / "scripts" / "train_slice_out.py")
-    done = subprocess.run([*command, script, *map(str, argv)], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert [row["steps"] for row in rows_of(tmp_path).values()] == [6, 6]
-    assert json.loads((tmp_path / "results.json").read_text())["settings"]["processes"] == 2
-    assert done.stdout.count("checkpoint:") == 1

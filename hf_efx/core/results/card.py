@@ -23,7 +23,7 @@ TEMPLATES = jinja2.Environment(
     keep_trailing_newline=True,
 )
 # What the Hub takes as an identifier of a task, a data set or a metric.
-_IDENTIFIER = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_IDENTIFIER, _FOREIGN = re.compile(r"[\w.-]+(/[\w.-]+)?"), re.compile(r"[^\w.-]+")
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -69,7 +69,8 @@ def write_model_card(
         directory: The checkpoint's folder.
         model_name: Its name, in the title and in `model-index`.
         methods: Names of the methods in it, which become tags beside `hf_efx`.
-        results: Its figures, for `model-index` and a table. A value that isn't finite is written as text.
+        results: Its figures, for `model-index` and a table. A value that isn't finite is written as text; an
+            identifier that the Hub wouldn't take, such as the metric type "ndcg@10", is made one, and kept as a name.
         description: What the model is, in Markdown.
         auto_class: The transformers class that loads it.
         repo_id: Where it is loaded from; None for `model_name`.
@@ -87,7 +88,7 @@ def write_model_card(
         The card's path. A card that stood there is replaced, whole or not at all.
 
     Raises:
-        ValueError: If the plot isn't in `directory`, or a result's identifiers would be refused by the Hub.
+        ValueError: If the plot isn't in `directory`.
     """
     directory = Path(directory)
     if plot is not None and (Path(plot).is_absolute() or not (directory / plot).is_file()):
@@ -191,15 +192,15 @@ def _results_table(results: Sequence[EvalResult]) -> Table:
 
 
 def _checked(result: EvalResult) -> EvalResult:
-    """A result whose value YAML and the Hub take: numpy and torch scalars become Python's."""
-    for field in ("task_type", "dataset_type", "metric_type"):
-        if not _IDENTIFIER.fullmatch(value := getattr(result, field)):
-            raise ValueError(
-                f"EvalResult.{field}={value!r} is no identifier: letters, digits, '.', '_', '-' and one '/' only; "
-                f"words for people go into {field.replace('type', 'name')}"
-            )
+    """A result as YAML and the Hub take it: identifiers without other signs, numpy and torch scalars as Python's."""
+    changed: dict[str, Any] = {}
+    for kind in ("task", "dataset", "metric"):
+        given = str(getattr(result, f"{kind}_type"))
+        if not _IDENTIFIER.fullmatch(given):
+            changed[f"{kind}_type"] = _FOREIGN.sub("_", given).strip("_") or kind
+            changed[f"{kind}_name"] = getattr(result, f"{kind}_name") or given
     value = result.metric_value
-    value = value.item() if callable(getattr(value, "item", None)) else value
-    if isinstance(value, float) and not math.isfinite(value):
+    value = value.tolist() if callable(getattr(value, "tolist", None)) else value
+    if not isinstance(value, int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
         value = str(value)
-    return dataclasses.replace(result, metric_value=value)
+    return dataclasses.replace(result, metric_value=value, **changed)

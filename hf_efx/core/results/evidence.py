@@ -24,6 +24,9 @@ from hf_efx.version import __version__
 
 REQUIRED = ("command", "versions", "machine", "data", "seeds", "rows", "claims")
 CLAIM_KEYS = ("claim", "source", "bar", "direction", "measured", "interval", "holds")
+# Linux' names of instruction sets that change how fast matrices are multiplied, and in which precision.
+CPU_UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16")
+CPU_UNITS += ("asimd", "sve", "bf16", "i8mm", "sme")  # ARM
 NOT_SEPARATED = "not separated"
 _SIGNS = {"at_most": "\u2264", "at_least": "\u2265"}
 
@@ -77,12 +80,28 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """CPU cores that this process may use, the threads torch takes of them, and the GPU's name or None."""
+    """What ran: CPU cores that this process may use, the threads torch takes of them, the GPU's name or None, the CPU.
+
+    Results from before the CPU's model and units were recorded have the first three alone.
+    """
     import torch
 
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cores": cores, "threads": torch.get_num_threads(), "gpu": gpu}
+    model, units = cpu()
+    return {"cores": cores, "threads": torch.get_num_threads(), "gpu": gpu, "cpu": model, "cpu units": units}
+
+
+def cpu() -> tuple[str, str]:
+    """The CPU's model, and which of the units for matrices it has, bfloat16's among them: `avx2, amx_bf16`."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    pairs = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = pairs.get("flags", pairs.get("Features", "")).split()  # the latter on ARM
+    units = [unit for unit in CPU_UNITS if unit in flags]
+    return pairs.get("model name") or platform.processor() or platform.machine(), ", ".join(units) or "none known"
 
 
 def public_command(arguments: Sequence[str] | None = None) -> str:

@@ -107,9 +107,22 @@ def test_plain_weights_need_no_import(tmp_path):
     assert "model-index" not in text and "## Results" not in text and "\n\n\n" not in text
 
 
-def test_what_the_hub_would_refuse_is_named(tmp_path):
-    with pytest.raises(ValueError, match="EvalResult.dataset_type='my text' is no identifier.*go into dataset_name"):
-        write_model_card(tmp_path, model_name="x", results=[result(1.0, dataset_type="my text")])
+def test_names_that_the_hub_would_refuse_become_identifiers(tmp_path):
+    metrics = {"ndcg@10": 0.5, "f1 macro": 0.2, "@": np.ones(2), "bleu-4/all": torch.tensor(2.0), "a/b/c": None}
+    results = [result(value, name) for name, value in metrics.items()]
+    path = write_model_card(tmp_path, model_name="x", results=[*results, result(1.0, dataset_type="my text")])
+    (entry, other) = ModelCard.load(path).data.to_dict()["model-index"][0]["results"]
+    assert entry["metrics"] == [
+        {"type": "ndcg_10", "value": 0.5, "name": "ndcg@10"},
+        {"type": "f1_macro", "value": 0.2, "name": "f1 macro"},
+        {"type": "metric", "value": "[1.0, 1.0]", "name": "@"},
+        {"type": "bleu-4/all", "value": 2.0},
+        {"type": "a_b_c", "value": "None", "name": "a/b/c"},
+    ]
+    assert other["dataset"]["type"] == "my_text" and other["dataset"]["name"] == "Python's library text"
+
+
+def test_a_plot_that_is_not_there_is_refused(tmp_path):
     for plot in ("missing.png", str(tmp_path / "loss.png")):
         with pytest.raises(ValueError, match="name a file inside"):
             write_model_card(tmp_path, model_name="x", plot=plot)

@@ -16,6 +16,7 @@ from hf_efx.core.results.evidence import (
     StudyRows,
     claim,
     claims_table,
+    cpu,
     figures,
     machine,
     print_results,
@@ -149,6 +150,7 @@ def test_results_round_trip(tmp_path):
     assert set(written) >= {"command", "versions", "machine", "data", "seeds", "rows", "claims"}
     assert set(versions()) == {"python", "torch", "transformers", "accelerate", "peft", "datasets", "hf_efx"}
     assert written["machine"] == machine() and machine()["cores"] >= 1
+    assert set(written["machine"]) == {"cores", "threads", "gpu", "cpu", "cpu units"} and written["machine"]["cpu"]
     assert [entry.name for entry in path.parent.iterdir()] == ["low_rank.json"]
 
 
@@ -279,3 +281,11 @@ def test_public_command_names_no_machine(tmp_path, monkeypatch):
     script = tmp_path / "scripts" / "reproduce" / "a.py"
     arguments = [str(script), "--data=/mnt/private/english text.tsv", "--out", "/mnt/private/x", "--seeds", "0", "1"]
     assert public_command(arguments) == "python scripts/reproduce/a.py '--data=english text.tsv' --out x --seeds 0 1"
+
+
+def test_the_cpu_s_units_are_those_of_its_flags(monkeypatch):
+    text = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16 amx_tile\n\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: text)
+    assert cpu() == ("Some CPU", "avx2, avx512_bf16, amx_bf16")
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: (_ for _ in ()).throw(FileNotFoundError()))
+    assert cpu()[0] and cpu()[1] == "none known"

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,14 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from hf_efx import LowRankArguments, LowRankConfig
-from hf_efx.core.data.text_data import TextCollator, load_text
-from hf_efx.core.model.adapter import efx_record
-from hf_efx.low_rank import causal_lm, train_gpt2
-from hf_efx.low_rank.train_gpt2 import main
+from hf_efx import LowRankConfig, SliceOutConfig, TargetedDropoutConfig, get_efx_model
+from hf_efx.core.data.text_data import load_text
+from hf_efx.core.model.record import efx_record
+from hf_efx.low_rank.decay import factorised_layers
+from hf_efx.low_rank.program import main, prepared
 from hf_efx.programs.causal_lm import DataOptions, load_corpus, loss_sums, token_metrics
 from hf_efx.programs.model_options import ModelOptions
+from hf_efx.programs.task_data import causal_task
 
 SMALL = "n_layer=1,n_embd=16,n_head=2,n_positions=32,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
 
@@ -38,7 +37,7 @@ def train(text, tmp_path):
     def train_(*arguments: object, out: str = "out", scratch: bool = True) -> tuple[Path, dict[str, Any]]:
         argv = ["--dataset", text, "--output_dir", tmp_path / out, "--block_size", 32, "--use_cpu", *arguments]
         argv += ["--config_overrides", SMALL] if scratch else []
-        argv += [] if "--max_steps" in arguments else ["--max_steps", 4]
+        argv += ["--report_to", "none", *([] if "--max_steps" in arguments else ["--max_steps", 4])]
         assert main([str(word) for word in argv]) == 0
         results = json.loads((tmp_path / out / "results.json").read_text())
         return tmp_path / out, results["rows"][0]
@@ -95,51 +94,34 @@ def test_checkpoint_card_results_and_plot_agree(train):
     assert AutoTokenizer.from_pretrained(folder)("ä").input_ids == [0xC3, 0xA4]
 
 
-def test_the_dense_twin_is_a_plain_model(train):
-    folder, row = train("--method", "dense", "--no_plot", "--rank", "0.5")
+def test_the_dense_twin_is_a_plain_model_and_a_start_for_factors(train, tmp_path):
+    folder, row = train("--method", "dense", "--no_plot", "--learning_rate", "1e-2", out="dense")
     assert type(AutoModelForCausalLM.from_pretrained(folder)) is GPT2LMHeadModel
     assert "efx" not in json.loads((folder / "config.json").read_text())
     assert row["parameters"] == row["dense_parameters"] and not (folder / "loss.png").exists()
     assert "nothing but transformers is needed" in (folder / "README.md").read_text()
-
-
-def test_optimizer_bytes_and_steps(train):
-    _, row = train("--method", "dense")
     # AdamW: two float32 moments of each parameter and a float32 count of each of 16 tensors (2 embeddings, 12 of the
     # layer, 2 of the last norm; the head is tied).
     assert row["optimizer_bytes"] == 8 * row["parameters"] + 4 * 16
     assert row["step_seconds"] > 0
-
-
-def test_a_checkpoint_is_factorised_by_its_svd(train, tmp_path):
-    dense, before = train("--method", "dense", "--learning_rate", "1e-2", out="dense")
-    whole = ("--rank", "1.0", "--only_if_smaller", "false", "--learning_rate", "0", "--max_steps", 1)
-    _, after = train("--model", dense, *whole, out="whole", scratch=False)
-    assert after["eval_perplexity"] == pytest.approx(before["eval_perplexity"], rel=1e-5)
-    assert after["parameters"] > before["parameters"]
-    again, row = train("--model", tmp_path / "whole", "--learning_rate", "0", out="again", scratch=False)
-    assert row["eval_perplexity"] == pytest.approx(after["eval_perplexity"], rel=1e-6)
+    # A checkpoint is factorised by its SVD, at full rank exactly.
+    whole = ("--rank", "1.0", "--only_if_smaller", "false", "--learning_rate", "0", "--max_steps", 1, "--no_plot")
+    _, after = train("--model", folder, *whole, out="whole", scratch=False)
+    assert after["eval_perplexity"] == pytest.approx(row["eval_perplexity"], rel=1e-5)
+    assert after["parameters"] > row["parameters"]
+    still = ("--learning_rate", "0", "--max_steps", 1, "--no_plot")
+    again, same = train("--model", tmp_path / "whole", *still, out="again", scratch=False)
+    assert same["eval_perplexity"] == pytest.approx(after["eval_perplexity"], rel=1e-6)
     assert efx_record(AutoModelForCausalLM.from_pretrained(again)) is not None
 
 
 def test_warm_up_trains_dense_first(train):
-    folder, row = train("--dense_warmup_steps", 2, "--save_strategy", "no")
+    folder, row = train("--dense_warmup_steps", 1, "--save_strategy", "no", "--max_steps", 2, "--no_plot")
     assert efx_record(AutoModelForCausalLM.from_pretrained(folder)) and row["parameters"] < row["dense_parameters"]
 
 
-def test_a_resumed_run_ends_where_the_whole_one_does(train):
-    folder, whole = train("--max_steps", 6, "--save_steps", 3, "--learning_rate", "1e-2")
-    shutil.rmtree(folder / "checkpoint-6")
-    _, resumed = train(
-        *("--max_steps", 6, "--save_steps", 3, "--learning_rate", "1e-2", "--resume_from_checkpoint", "true")
-    )
-    assert resumed["eval_perplexity"] == whole["eval_perplexity"]
-    _, other = train("--max_steps", 6, "--learning_rate", "1e-2", "--resume_from_checkpoint", folder / "checkpoint-3")
-    assert other["eval_perplexity"] == whole["eval_perplexity"]
-
-
 def test_a_tokenizer_is_trained_and_saved(train, text):
-    folder, row = train("--vocab_size", 300)
+    folder, row = train("--vocab_size", 300, "--max_steps", 2, "--no_plot")
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     held_out = documents(text)
     tokens = sum(len(tokenizer(document.decode()).input_ids) + 1 for document in held_out)
@@ -151,7 +133,9 @@ def test_a_tokenizer_is_trained_and_saved(train, text):
 
 def test_another_architecture(train, text, tmp_path):
     llama = "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=1"
-    folder, row = train("--model_type", "llama", "--config_overrides", llama, scratch=False)
+    folder, row = train(
+        *("--model_type", "llama", "--config_overrides", llama, "--max_steps", 1, "--no_plot"), scratch=False
+    )
     assert AutoModelForCausalLM.from_pretrained(folder).config.head_dim == 8  # pyright: ignore
     assert row["parameters"] < row["dense_parameters"]
 
@@ -162,13 +146,10 @@ def test_another_architecture(train, text, tmp_path):
         (["--block_size", "64"], "block_size=64 is above the model's 32 positions"),
         (["--config_overrides", "n_layers=1"], "'n_layers' is no setting of GPT2Config"),
         (["--config_overrides", "n_layer"], "'n_layer' has no value"),
-        (["--dataset", "./not-there.txt"], "there is no such file or folder"),
-        (["--model", "./not-there"], "there is no such folder"),
         (["--tokenizer", "./not-there"], "Name another (--tokenizer)"),
         (["--tokenizer", "x", "--vocab_size", "300"], "exclude each other"),
         (["--rank", "17"], "rank=17 is above min(in, out)=16"),
         (["--resume_from_checkpoint", "true"], "No valid checkpoint found"),
-        (["--resume_from_checkpoint", "./not-there"], "is no complete checkpoint"),
         (["--method", "dense", "--dense_warmup_steps", "2"], "needs low_rank_config"),
         (["--max_eval_blocks", "0"], "max_eval_blocks=0"),
     ],
@@ -182,39 +163,45 @@ def test_wrong_input_ends_with_status_2_before_training(text, tmp_path, capsys, 
     assert not list(tmp_path.glob("out/*.safetensors"))
 
 
-def test_a_factorised_checkpoint_takes_no_ranks(train, tmp_path, capsys):
-    folder, _ = train("--no_plot")
-    for arguments, words in ((["--rank", "0.5"], "rank can't be chosen"), (["--method", "dense"], "merge_and_unload")):
-        with pytest.raises(SystemExit):
-            train("--model", folder, *arguments, out="second", scratch=False)
-        assert words in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def task(text):
+    return causal_task(load_corpus(DataOptions(str(text), block_size=32, max_eval_blocks=3)))
 
 
-def test_without_matplotlib_the_error_names_the_extra(train, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit):
-        train()
-    assert "pip install 'hf_efx[plot]', or pass --plot false" in capsys.readouterr().err
-    train("--plot", "false")
+def dense(task, seed: int = 0) -> Any:
+    return task.model_init(seed, ModelOptions(config_overrides=SMALL))
 
 
-def test_ctrl_c_ends_with_status_130(text, tmp_path, monkeypatch):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_gpt2, "train_causal_lm", interrupt)
-    argv = ["--dataset", str(text), "--output_dir", str(tmp_path), "--block_size", "32", "--use_cpu"]
-    assert main([*argv, "--config_overrides", SMALL]) == 130
+def saved(model: Any, folder: Path) -> Any:
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_he_factors_are_not_the_numbers_of_the_dense_weights(text):
-    corpus = load_corpus(DataOptions(str(text), block_size=32))
-    options = ModelOptions(config_overrides=SMALL)
-    dense = causal_lm.scratch_model(options, corpus.tokenizer, 0)
-    he = causal_lm.scratch_model(options, corpus.tokenizer, 0, LowRankConfig(rank=0.25, init="he"))
-    assert dense.transformer.wte.weight.equal(he.transformer.wte.weight)  # pyright: ignore
+@pytest.mark.parametrize(
+    "config", [TargetedDropoutConfig(), SliceOutConfig(rate=0.5, align=1)], ids=lambda c: c.method
+)
+def test_a_checkpoint_of_a_training_method_is_factorised_not_trained_dense(task, tmp_path, config):
+    model = prepared(saved(get_efx_model(dense(task), config), tmp_path), LowRankConfig(rank=4))
+    assert len(factorised_layers(model)) == 4
+    assert [entry["method"] for entry in efx_record(model)["methods"]] == ["low_rank"]  # pyright: ignore
+    plain = prepared(saved(get_efx_model(dense(task), config), tmp_path), None)
+    assert efx_record(plain) is None and not factorised_layers(plain)
+
+
+def test_a_factorised_checkpoint_takes_no_ranks(task, tmp_path):
+    model = saved(get_efx_model(dense(task), LowRankConfig(rank=4)), tmp_path)
+    with pytest.raises(ValueError, match="factorised already, so rank can't be chosen"):
+        prepared(model, LowRankConfig(rank=0.5))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        prepared(model, None)
+    assert prepared(model, LowRankConfig()) is model
+
+
+def test_he_factors_are_not_the_numbers_of_the_dense_weights(task):
+    whole, he = dense(task), prepared(dense(task), LowRankConfig(rank=0.25, init="he"))
+    assert whole.transformer.wte.weight.equal(he.transformer.wte.weight)  # pyright: ignore
     factor = he.transformer.h[0].attn.c_attn.factor_v.flatten()  # pyright: ignore
-    for name, weight in dense.named_parameters():
+    for name, weight in whole.named_parameters():
         n = min(factor.numel(), weight.numel())
         if weight.dim() == 2:
             assert abs(torch.corrcoef(torch.stack([factor[:n], weight.flatten()[:n]]))[0, 1]) < 0.5, name
@@ -232,45 +219,3 @@ def test_loss_sums_by_hand():
     assert found["perplexity"] == pytest.approx(4) and found["bits_per_byte"] == pytest.approx(4)
     huge = token_metrics(1.0)(EvalPrediction(torch.tensor([[1e6, 1.0]]).numpy(), labels.numpy()))
     assert huge["perplexity"] == math.inf
-
-
-def test_pieces_can_be_called_alone(text, tmp_path):
-    corpus = load_corpus(DataOptions(str(text), block_size=32, max_eval_blocks=3))
-    assert len(corpus.validation) == 3 and corpus.name == "text.txt"
-    model = causal_lm.scratch_model(ModelOptions(config_overrides=SMALL), corpus.tokenizer, 0)
-    args = LowRankArguments(str(tmp_path), max_steps=2, use_cpu=True, save_strategy="no", dataloader_pin_memory=False)
-    trainer = causal_lm.causal_lm_trainer(model, corpus, args)
-    assert isinstance(trainer.data_collator, TextCollator)
-    figures = causal_lm.train_causal_lm(trainer)
-    assert figures["eval_perplexity"] == pytest.approx(math.exp(figures["eval_loss"]), rel=1e-5)
-
-
-def test_push(hub, run_python, text, tmp_path):
-    """What is pushed is the folder with our card; a new process loads it by name."""
-    code = """
-        import sys
-        from hf_efx.low_rank.train_gpt2 import main
-        sys.exit(main(sys.argv[1:]))
-    """
-    argv = ["--dataset", text, "--output_dir", tmp_path / "out", "--block_size", 32, "--use_cpu", "--max_steps", 2]
-    argv += ["--push_to_hub", "--hub_model_id", "tester/program", "--config_overrides", SMALL]
-    run_python(code, env=hub.env, args=argv)
-    back = """
-        import json, hf_efx
-        from huggingface_hub import HfApi, ModelCard
-        from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained("tester/program")
-        card = ModelCard.load("tester/program")
-        print(json.dumps({
-            "parameters": model.num_parameters(),
-            "card": card.text,
-            "perplexity": card.data.eval_results[0].metric_value,
-            "files": HfApi().list_repo_files("tester/program"),
-        }))
-    """
-    row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]
-    seen = json.loads(run_python(back, env=hub.env).splitlines()[-1])
-    assert (seen["parameters"], seen["perplexity"]) == (row["parameters"], row["eval_perplexity"])
-    assert "# program\n" in seen["card"] and 'from_pretrained("tester/program")' in seen["card"]
-    assert "| low_rank.rank | `0.25` |" in seen["card"]
-    assert {"README.md", "loss.png", "results.json", "tokenizer.json"} <= set(seen["files"])
