@@ -307,15 +307,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     print(NOTE)
 
 
-def save(
-    folder: Path,
-    best: str,
-    corpus: Any,
-    rows: dict[str, dict[str, Any]],
-    logs: dict[str, list[Any]],
-    steps: int,
-    seed: int,
-) -> None:
+def save(folder: Path, best: str, corpus: Any, rows: Any, logs: Any, steps: int, seed: int) -> None:
     """Tokenizer, plot, results and card beside the checkpoint."""
     from transformers import AutoModelForCausalLM
 
