@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         PrunabilityCallback,
         PrunabilityResult,
         generalization_study,
+        measure_prunability,
     )
     from hf_efx.rho_loss import (
         IrreducibleLosses,
@@ -98,6 +99,7 @@ _PUBLIC = {
         "PrunabilityCallback",
         "PrunabilityResult",
         "generalization_study",
+        "measure_prunability",
     ),
     "hf_efx.rho_loss": (
         "IrreducibleLosses",

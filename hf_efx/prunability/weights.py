@@ -7,10 +7,11 @@ what is zeroed is kept aside while it is zeroed, in the host's memory.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_efx.core.model.masks import candidate_count, smallest_together
 from hf_efx.core.model.pruned import Zeros, zeroed
@@ -36,7 +37,7 @@ def prunable_weights(model: nn.Module, embeddings: bool = False) -> dict[str, nn
         Parameters by their first name.
 
     Raises:
-        ValueError: If nothing is left, or a weight is quantised or not loaded.
+        ValueError: If nothing is left, or a weight is quantised, sharded or not loaded.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     found = {}
@@ -52,6 +53,11 @@ def prunable_weights(model: nn.Module, embeddings: bool = False) -> dict[str, nn
             )
         if parameter.is_meta:
             raise ValueError(f"the weight {name!r} is on the meta device: load the model's weights first")
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"the weight {name!r} is sharded, so that no process can rank it: measure the whole model, loaded "
+                f"from its checkpoint"
+            )
         found[name] = parameter
     for name, buffer in model.named_buffers():  # a quantised layer may hold its weight as one: weight, qweight
         if name.endswith("weight") and buffer.dim() >= 2 and not buffer.is_floating_point():
@@ -78,7 +84,7 @@ class WeightOrder:
         seed: Of the random order.
 
     Raises:
-        ValueError: For an unknown word, or a weight that isn't finite.
+        ValueError: For a weight that isn't finite.
     """
 
     weights: dict[str, nn.Parameter]
@@ -87,9 +93,6 @@ class WeightOrder:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("criterion", get_args(Criterion)), ("scope", get_args(Scope))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(allowed)}")
         for name, weight in self.weights.items():
             if not all(bool(torch.isfinite(piece).all()) for piece in _pieces(weight.data)):
                 raise ValueError(f"the weight {name!r} holds numbers that aren't finite: their order has no meaning")
