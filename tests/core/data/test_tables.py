@@ -140,7 +140,7 @@ def test_card_says_what_the_table_is(tmp_path):
 
 def test_without_matplotlib_the_table_is_saved_without_a_picture(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "hf_efx"):
         save_table(table(), tmp_path / "t", CARD, lambda path: plot_histogram(histogram(table(), "value"), path, "v"))
     assert "pip install 'hf_efx[plot]'" in caplog.text
     assert not (tmp_path / "t" / "histogram.png").exists()
@@ -283,6 +283,7 @@ def test_hub_round_trip_is_identical(hub, run_python, tmp_path):
     assert pulled["errors"][2].startswith("ValueError source='tester/other-data' holds no table")
 
 
+@pytest.mark.alone
 def test_ten_million_rows_stay_under_a_gibibyte(run_python, tmp_path):
     """The whole process, imports and mapped pages included: a table is saved, mapped, checked and looked up in."""
     code = """
