@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         PrunabilityCallback,
         PrunabilityResult,
         generalization_study,
+        measure_prunability,
     )
     from hf_efx.rho_loss import (
         IrreducibleLosses,
@@ -96,6 +97,7 @@ _PUBLIC = {
         "PrunabilityCallback",
         "PrunabilityResult",
         "generalization_study",
+        "measure_prunability",
     ),
     "hf_efx.rho_loss": (
         "IrreducibleLosses",

@@ -33,7 +33,7 @@ class Network:
         seed: Of noise.
         draws: Of noise that a figure is the mean of; more make it steadier and cost as much.
         steps: Of bisection for the size of noise; each costs `draws` evaluations.
-        tolerance: By how much, relatively, noise may raise the loss, as in `prunability`.
+        tolerance: By how much, relatively, noise may raise the loss, as in `measure_prunability`.
     """
 
     model: nn.Module
@@ -59,7 +59,7 @@ def baseline_measures(network: Network, names: list[str] | None = None) -> dict[
     names = list(BASELINE_MEASURES) if names is None else names
     if unknown := set(names) - set(BASELINE_MEASURES):
         raise ValueError(f"measures {sorted(unknown)} are unknown; there are {', '.join(BASELINE_MEASURES)}")
-    with scoring_state(network.model):
+    with scoring_state(network.model, copy_buffers=True):
         return {name: float(BASELINE_MEASURES[name](network)) for name in names}
 
 

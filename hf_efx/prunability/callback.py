@@ -2,15 +2,25 @@
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_efx.prunability.measure import PrunabilityResult, prunability
-from hf_efx.prunability.sample import Sample
+from hf_efx.core.data.fingerprints import weights_fingerprint
+from hf_efx.core.scoring.losses import Task
+from hf_efx.core.scoring.scoring_state import scoring_state, unwrap_model
+from hf_efx.prunability.measure import (
+    PrunabilityResult,
+    ToleranceMode,
+    check_options,
+    losses_of,
+    measure_prunability,
+)
+from hf_efx.prunability.sample import EvaluateLoss, Sample
+from hf_efx.prunability.weights import Criterion, Scope, prunable_weights
 
 logger = logging.getLogger(__name__)
-_SAMPLE_OPTIONS = ("samples", "data_collator", "task", "batch_size")
 
 
 class PrunabilityCallback(TrainerCallback):
@@ -22,27 +32,77 @@ class PrunabilityCallback(TrainerCallback):
     callbacks do, so they don't show them. Networks compare at one training loss alone, so `eval_prunability_loss`
     stands beside it: early in training, the less a network has learnt the less it has to lose.
 
+    The loss of a data set is the model's own, with the run's label smoothing. A Trainer with a `compute_loss` or
+    `compute_loss_func` of its own needs a function here that returns the same losses.
+
     Under several processes each measures the same, without communication. Sharded models (FSDP, DeepSpeed stage 3)
     can't be measured: no process has their weights.
 
     Args:
-        losses: The training set, of which a sample is drawn once, or a function of the model: see `prunability`.
-        **options: Of `prunability`; for a data set also `samples`, `data_collator`, `task` and `batch_size` of
-            `Sample`.
+        losses: The training set, of which a sample is drawn once, or a function of the model: see
+            `measure_prunability`, whose options the others are.
+        tolerance: By how much the loss may rise.
+        criterion: Which weights go.
+        scope: Whether all weights are ranked together.
+        tolerance_mode: What the tolerance is relative to.
+        exhaustive: Evaluate the whole grid.
+        embeddings: Whether embedding tables count.
+        seed: Of the sample, the random criterion and the bootstrap.
+        samples: Examples drawn from a data set.
+        data_collator: Makes batches of a data set's rows.
+        task: Which loss to compute of a data set.
+        batch_size: Examples of a data set a forward pass.
 
     Attributes:
-        results: (step, result) of each evaluation.
+        results: (step, result) of each evaluation in this call of `train()`.
 
     Raises:
-        ValueError: As `Sample` does.
+        ValueError: An option out of range, or as `Sample` does. When training begins: weights that can't be ranked, a
+            loss that can't be computed.
     """
 
-    def __init__(self, losses: Any, **options: Any) -> None:
-        if not callable(losses):
-            chosen = {name: options.pop(name) for name in _SAMPLE_OPTIONS if name in options}
-            losses = Sample(losses, seed=options.get("seed", 0), **chosen)
-        self.losses, self.options = losses, options
+    def __init__(
+        self,
+        losses: EvaluateLoss | Any,
+        *,
+        tolerance: float = 0.1,
+        criterion: Criterion = "magnitude",
+        scope: Scope = "global",
+        tolerance_mode: ToleranceMode = "relative",
+        exhaustive: bool = False,
+        embeddings: bool = False,
+        seed: int = 0,
+        samples: int | None = 1000,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        task: Task | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        check_options(tolerance, criterion, scope, tolerance_mode)
+        self.losses = losses_of(losses, samples, seed, data_collator, task, batch_size, 0.0)
+        self._own_sample = self.losses is not losses
+        self.options: dict[str, Any] = {
+            "tolerance": tolerance,
+            "criterion": criterion,
+            "scope": scope,
+            "tolerance_mode": tolerance_mode,
+            "exhaustive": exhaustive,
+            "embeddings": embeddings,
+            "seed": seed,
+        }
         self.results: list[tuple[int, PrunabilityResult]] = []
+        self._measured: str | None = None  # fingerprint of the weights that the last result is of
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Forgets an earlier run, and sees to it that the evaluations won't fail."""
+        self.results, self._measured = [], None
+        if isinstance(self.losses, Sample) and self._own_sample:
+            self.losses = self.losses.smoothed(args.label_smoothing_factor)
+        model = unwrap_model(model)
+        prunable_weights(model, self.options["embeddings"])
+        with scoring_state(model, copy_buffers=True):
+            self.losses(model)
 
     def on_evaluate(
         self,
@@ -53,10 +113,12 @@ class PrunabilityCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Measures, once a step however many data sets are evaluated at it."""
+        """Measures the weights at hand, once however many data sets are evaluated with them."""
         start = time.perf_counter()
-        if not self.results or self.results[-1][0] != state.global_step:
-            self.results.append((state.global_step, prunability(model, self.losses, **self.options)))
+        weights = weights_fingerprint(model)
+        if weights != self._measured:
+            self.results.append((state.global_step, measure_prunability(model, self.losses, **self.options)))
+            self._measured = weights
         result = self.results[-1][1]
         figures = {"eval_prunability": result.fraction, "eval_prunability_loss": result.loss}
         if result.interval is not None:

@@ -7,8 +7,7 @@ validation set: the loss is that of a fixed sample of the training data.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +19,7 @@ from torch import nn
 
 from hf_efx.core.results.curves import PruningCurve
 from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scoring_state import scoring_state, unwrap_model
 from hf_efx.prunability.sample import EvaluateLoss, Sample
 from hf_efx.prunability.weights import Criterion, Scope, WeightOrder, prunable_weights
@@ -28,6 +28,7 @@ ToleranceMode = Literal["relative", "absolute"]
 
 STEPS = 100  # grid points; bisection finds one of them in 7 evaluations, and 2 more look at the whole model
 _BOOTSTRAP = 1000
+_DATA_SET = {"samples": 1000, "data_collator": None, "task": None, "batch_size": 64, "label_smoothing": 0.0}
 _REPEAT = 1e-5  # two evaluations of one model may differ by this share: sums on a GPU have no fixed order
 
 
@@ -124,7 +125,7 @@ class PrunabilityResult:
         ]
 
 
-def prunability(
+def measure_prunability(
     model: nn.Module,
     losses: EvaluateLoss | Any,
     tolerance: float = 0.1,
@@ -136,7 +137,10 @@ def prunability(
     seed: int = 0,
     *,
     embeddings: bool = False,
-    **sample_options: Any,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    task: Task | None = None,
+    batch_size: int = 64,
+    label_smoothing: float = 0.0,
 ) -> PrunabilityResult:
     """Finds the smallest fraction of the weights that can be kept within a tolerance of the loss.
 
@@ -145,7 +149,7 @@ def prunability(
     states. Nothing is rescaled and nothing retrained.
 
     Args:
-        model: Any model, on any device, in any mode; it is looked at in eval mode.
+        model: Any model, on any device, in any mode; it is looked at in eval mode, without wrappers.
         losses: A data set, of which `Sample` draws examples and computes the losses; or a function of the model that
             returns one loss an example [n], (losses [n], weights [n]) for a weighted mean, or one number. It must be
             of training data, the same at every call, and needs neither `no_grad` nor `eval`.
@@ -160,21 +164,20 @@ def prunability(
         samples: Examples drawn from a data set; more narrow the interval and cost their forward passes. None for all.
         seed: Of the sample, the random criterion and the bootstrap.
         embeddings: Whether embedding tables count: see `prunable_weights`.
-        **sample_options: For a data set: `data_collator`, `task`, `batch_size`, as `Sample` takes them.
+        data_collator: Of a data set's rows, as `Sample` takes it; so are the next three.
+        task: Which loss to compute; None for the model's own.
+        batch_size: Examples a forward pass.
+        label_smoothing: As the model was trained with.
 
     Raises:
         ValueError: An option out of range; weights that can't be ranked; an empty sample; a loss that isn't finite,
             differs from call to call, or is 0 under a relative tolerance.
     """
-    _check(tolerance, tolerance_mode)
+    check_options(tolerance, criterion, scope, tolerance_mode)
+    evaluate = losses_of(losses, samples, seed, data_collator, task, batch_size, label_smoothing)
     model = unwrap_model(model)
     order = WeightOrder(prunable_weights(model, embeddings), criterion, scope, seed)
-    evaluate: Any = losses
-    if not callable(losses):
-        evaluate = Sample(losses, samples, seed, **sample_options)
-    elif sample_options:
-        raise ValueError(f"{', '.join(sample_options)}: only for a data set, but the losses come from a function")
-    with _looking_at(model):
+    with scoring_state(model, copy_buffers=True):  # a loss function may switch to training mode
         curve = _LossCurve(model, order, evaluate)
         curve.check_whole(tolerance_mode)
         bound = _bound(curve.at(STEPS), tolerance, tolerance_mode)
@@ -210,11 +213,29 @@ def prunability(
     )
 
 
-def _check(tolerance: float, mode: str) -> None:
+def check_options(tolerance: float, criterion: str, scope: str, tolerance_mode: str) -> None:
+    """Raises ValueError for options of `measure_prunability` that are out of range."""
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance={tolerance}: expected 0 or more; 0.1 lets the loss rise by a tenth")
-    if mode not in get_args(ToleranceMode):
-        raise ValueError(f"tolerance_mode={mode!r} is unknown; choose from {', '.join(get_args(ToleranceMode))}")
+    choices = {"criterion": (criterion, Criterion), "scope": (scope, Scope)}
+    for name, (value, kind) in {**choices, "tolerance_mode": (tolerance_mode, ToleranceMode)}.items():
+        if value not in get_args(kind):
+            raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(get_args(kind))}")
+
+
+def losses_of(losses: EvaluateLoss | Any, samples: int | None, seed: int, *options: Any) -> EvaluateLoss:
+    """A function of the model: the user's, or a `Sample` of a data set with these options.
+
+    Raises:
+        ValueError: As `Sample` does; or for options of a data set beside a function, which has its own.
+    """
+    if not callable(losses):
+        return Sample(losses, samples, seed, *options)
+    names = ("samples", "data_collator", "task", "batch_size", "label_smoothing")
+    given = dict(zip(names, (samples, *options), strict=True))
+    if changed := [name for name in names if given[name] != _DATA_SET[name]]:
+        raise ValueError(f"{', '.join(changed)}: only for a data set, but the losses come from a function")
+    return losses
 
 
 def _bound(loss: Any, tolerance: float, mode: str) -> Any:
@@ -231,23 +252,11 @@ def _bisect(within: Callable[[int], bool]) -> int:
     return found
 
 
-@contextmanager
-def _looking_at(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; buffers are put back too, since a loss function may switch to training mode."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with scoring_state(model):
-        try:
-            yield
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-
 class _LossCurve:
     """The loss at steps of the grid, evaluated when first asked for, and that of every example.
 
     Args:
-        model: Inside `_looking_at`.
+        model: Inside `scoring_state`.
         order: The order of its weights.
         evaluate: The losses.
     """
@@ -312,6 +321,8 @@ class _LossCurve:
             self.losses[step] = values
         if weights is not None:
             self.weights = torch.as_tensor(weights).double().cpu().numpy()
+            if not self.weights.sum() > 0:
+                raise ValueError("the weights of the losses sum to 0: no example of the sample has a label")
         return float(np.average(values, weights=self.weights)) if np.isfinite(values).all() else float(values.mean())
 
 

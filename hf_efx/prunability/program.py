@@ -23,7 +23,7 @@ from hf_efx.programs.model_options import checkpoint_config
 from hf_efx.programs.task_data import load_task
 from hf_efx.programs.tasks import CheckpointTaskOptions, LearningTask, TaskModelOptions
 from hf_efx.prunability.baselines import Network, baseline_measures
-from hf_efx.prunability.measure import PrunabilityResult, prunability
+from hf_efx.prunability.measure import PrunabilityResult, measure_prunability
 from hf_efx.prunability.sample import Sample
 
 RESULTS, PLOT = "results.json", "prunability.png"
@@ -135,7 +135,7 @@ def _measure(
     model.to(device)
     names = ("tolerance", "criterion", "scope", "tolerance_mode", "exhaustive", "seed", "embeddings")
     start = time.perf_counter()
-    result = prunability(model, sample, **{key: getattr(options, key) for key in names})
+    result = measure_prunability(model, sample, **{key: getattr(options, key) for key in names})
     figures = {"seconds": time.perf_counter() - start}
     if options.baselines:
         network = Network(model, sample.outcome, seed=options.seed, tolerance=options.tolerance)

@@ -1,7 +1,9 @@
 """One fixed sample of examples, and the loss of each of them: every measure of a model sees the same numbers."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,9 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import IterableDataset
 
-from hf_efx.core.scoring.batches import batch_size as rows_of
+from hf_efx.core.scoring.batches import check_rows
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels, per_example_loss
 from hf_efx.core.scoring.scorer import Scorer, infer_task
 from hf_efx.core.scoring.scoring_state import base_model
@@ -27,11 +30,12 @@ class Sample:
         samples: Examples drawn without replacement, or all if there are fewer; None takes all.
         seed: Of the draw.
         data_collator: Makes batches of rows; None for transformers' default.
-        task: As in `Scorer`; None reads it off the model.
+        task: As in `Scorer`; None reads it off the model, whose own loss it must be then.
         batch_size: Examples a forward pass.
+        label_smoothing: As the model is trained with.
 
     Raises:
-        ValueError: If the sample is empty or has no labels.
+        ValueError: If the sample is empty, has no labels, or no row for each example.
     """
 
     def __init__(
@@ -42,11 +46,13 @@ class Sample:
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         task: Task | None = None,
         batch_size: int = 64,
+        label_smoothing: float = 0.0,
     ) -> None:
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        by_number = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not by_number or isinstance(dataset, (Mapping, IterableDataset)):
             raise ValueError(
-                f"dataset is a {type(dataset).__name__}, whose rows can't be drawn by number: pass a data set with a "
-                f"length, or a function of the model that returns its losses"
+                f"dataset is a {type(dataset).__name__}, whose rows can't be drawn by number: pass one split of a "
+                f"data set with a length, or a function of the model that returns its losses"
             )
         if samples is not None and samples < 1:
             raise ValueError(f"samples={samples}: expected 1 or more examples, or None for all")
@@ -54,28 +60,26 @@ class Sample:
             raise ValueError(f"batch_size={batch_size}: expected 1 or more examples")
         if len(dataset) == 0:
             raise ValueError("dataset is empty: prunability needs examples to compute a loss on")
-        count = min(len(dataset), samples or len(dataset))
-        chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False)).tolist()
-        collate = data_collator or transformers.default_data_collator
+        self.count = min(len(dataset), samples or len(dataset))
+        chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), self.count, replace=False)).tolist()
         # One by one a datasets.Dataset is slow.
         rows = dataset.__getitems__(chosen) if isinstance(dataset, Dataset) else [dataset[i] for i in chosen]
-        self.batches: list[Mapping[str, Any]] = [
-            collate(rows[start : start + batch_size]) for start in range(0, count, batch_size)
+        self.batches = [
+            _collate(rows[start : start + batch_size], data_collator) for start in range(0, self.count, batch_size)
         ]
-        if any("labels" not in batch for batch in self.batches):
-            raise ValueError(f"the sample has no 'labels', only {', '.join(self.batches[0])}: prunability needs them")
-        self.count = sum(rows_of(batch) for batch in self.batches)
-        self._scorer = Scorer(("loss", "count"), task=task)
-        self._correct = Scorer(("correct", "count"), task=task)
+        self.scorer = Scorer(("loss", "count"), task=task, label_smoothing=label_smoothing)
+
+    def smoothed(self, label_smoothing: float) -> "Sample":
+        """The same sample with the losses of a model that is trained with label smoothing."""
+        other = copy.copy(self)
+        other.scorer = replace(self.scorer, label_smoothing=label_smoothing)
+        return other
 
     def __call__(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses [n] and the labels that each is a mean of [n], both float64; the model's loss is their mean."""
-        return self._scored(model, self._scorer, "loss")
-
-    def accuracy(self, model: nn.Module) -> float:
-        """Share of the labels that the model predicts."""
-        correct, counts = self._scored(model, self._correct, "correct")
-        return float((correct * counts).sum() / counts.sum())
+        parts = [self.scorer(model, _model_columns(model, batch)) for batch in self.batches]
+        losses, counts = (torch.cat([part[name] for part in parts]).double() for name in ("loss", "count"))
+        return losses, counts
 
     def outcome(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses [n] and margins, one of each label: its logit less the largest other one. With gradients, if enabled.
@@ -83,7 +87,7 @@ class Sample:
         Raises:
             ValueError: If the task has no classes, or an encoder of its own.
         """
-        task = self._scorer.task or infer_task(model)
+        task = self.scorer.task or infer_task(model)
         if task in ("regression", "seq2seq"):
             raise ValueError(f"task={task!r}: margins are those of classes that one forward pass of the inputs gives")
         device = next(model.parameters()).device
@@ -97,10 +101,20 @@ class Sample:
             margins.append(label_margins(logits, aligned_labels(labels, task)))
         return torch.cat(losses), torch.cat(margins)
 
-    def _scored(self, model: nn.Module, scorer: Scorer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [scorer(model, _model_columns(model, batch)) for batch in self.batches]
-        counts = torch.cat([part["count"] for part in parts]).double()
-        return torch.cat([part[name] for part in parts]).double(), counts
+
+def _collate(rows: list[Any], data_collator: Callable[[list[Any]], Any] | None) -> Mapping[str, Any]:
+    """A batch by name, with labels and a row for each example."""
+    if data_collator is None and not isinstance(rows[0], Mapping):
+        raise ValueError(
+            f"dataset has rows of type {type(rows[0]).__name__}, whose parts have no names: give a data_collator that "
+            f"returns a dict with 'labels', or a function of the model that returns its losses"
+        )
+    batch = (data_collator or transformers.default_data_collator)(rows)
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        found = f"only {', '.join(batch)}" if isinstance(batch, Mapping) else f"but is a {type(batch).__name__}"
+        raise ValueError(f"a batch of the sample has no 'labels', {found}: prunability needs them")
+    check_rows(batch, len(rows))
+    return batch
 
 
 def label_margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ import torch
 from hf_efx.core.results.evidence import StudyRows
 from hf_efx.core.results.statistics import percentile_interval
 from hf_efx.prunability.baselines import BASELINE_MEASURES, Network, baseline_measures
-from hf_efx.prunability.measure import prunability
+from hf_efx.prunability.measure import measure_prunability
 from hf_efx.prunability.statistics import bootstrap_taus, conditional_mutual_information, granulated_tau, kendall_tau
 
 FORMS: dict[str, dict[str, Any]] = {"prunability": {}}
@@ -135,7 +135,7 @@ def generalization_study(
             module's top level, or a `functools.partial` of one.
         seeds: Each point is trained with each.
         gap: Which of the figures the measures are to predict.
-        forms: Ways to measure prunability: options of `prunability` by name.
+        forms: Ways to measure prunability: options of `measure_prunability` by name.
         measures: Out of `BASELINE_MEASURES`.
         rows: Keeps finished rows on disk, so that a killed study goes on; None keeps none.
         workers: Networks at a time, each in a process of its own on one thread; 1 trains in this process.
@@ -175,7 +175,7 @@ def measure_network(
     network = trained.network
     start = time.process_time()
     row = {
-        name: prunability(network.model, lambda model: network.outcome(model)[0], **options).fraction
+        name: measure_prunability(network.model, lambda model: network.outcome(model)[0], **options).fraction
         for name, options in forms.items()
     }
     middle = time.process_time()

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from hf_efx.core.results.evidence import claim, print_results, public_command, write_results
-from hf_efx.prunability import prunability
+from hf_efx.prunability import measure_prunability
 from hf_efx.prunability.weights import prunable_weights
 
 HERE = Path(__file__).parent
@@ -79,7 +79,7 @@ def against_grid(seed: int, width: int, steps: int) -> Row:
     results = {}
     for name, exhaustive in (("bisection", False), ("grid", True)):
         start = time.perf_counter()
-        results[name] = prunability(model, losses, exhaustive=exhaustive)
+        results[name] = measure_prunability(model, losses, exhaustive=exhaustive)
         row[f"{name}_seconds"] = time.perf_counter() - start
         row[f"{name}_evaluations"] = results[name].evaluations
         row[f"{name}_fraction"] = results[name].fraction
@@ -137,7 +137,7 @@ def gpt2_part(part: str, small: bool, batches: int) -> Row:
     start = time.perf_counter()
     result = None
     if part == PARTS[1]:
-        result = prunability(model, sample)
+        result = measure_prunability(model, sample)
     else:
         kept = [p.detach().clone() for p in model.parameters()] if part == PARTS[2] else []
         if part == PEER:

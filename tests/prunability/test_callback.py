@@ -3,9 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_efx.prunability import PrunabilityCallback
+from hf_efx import PrunabilityCallback, measure_prunability
 from prunability.networks import Digits, digits
 
 
@@ -48,6 +48,7 @@ def test_figures_at_evaluations_and_a_training_unchanged(tmp_path):
 def test_an_evaluation_costs_at_most_15_forwards(tmp_path):
     callback = PrunabilityCallback(data(), samples=100, task="classification", batch_size=100)
     calls = []
+    torch.manual_seed(0)
     model = Digits(16)
     model.register_forward_hook(lambda *_: calls.append(1))
     state = Trainer(model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)).state
@@ -55,6 +56,23 @@ def test_an_evaluation_costs_at_most_15_forwards(tmp_path):
     for _ in range(2):  # two data sets evaluated at one step
         callback.on_evaluate(None, state, None, model=model, metrics=metrics)  # pyright: ignore
     assert 0 < len(calls) <= 15 and len(callback.results) == 1 and 0 < metrics["eval_prunability"] <= 1
+
+
+def test_the_figure_is_of_the_weights_at_hand(tmp_path):
+    """Another run of the same Trainer, as in a search, and weights that change while no step is made."""
+    callback = PrunabilityCallback(data(), samples=40, task="classification")
+    trainer = run(tmp_path, [callback], max_steps=4)
+    first = callback.results
+    trainer.args.learning_rate = 0.0001
+    torch.manual_seed(1)
+    trainer.model_init = lambda: Digits(16)
+    trainer.train()
+    ((step, result),) = callback.results
+    assert step == 4 and result == measure_prunability(trainer.model, callback.losses) != first[0][1]
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.data.mul_(0.5)
+    assert trainer.evaluate()["eval_prunability_loss"] != result.loss
 
 
 def test_the_most_prunable_checkpoint_is_loaded_and_training_stops(tmp_path):
@@ -80,6 +98,43 @@ def test_the_most_prunable_checkpoint_is_loaded_and_training_stops(tmp_path):
     assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-8")
 
 
-def test_bad_input_shows_before_training():
-    with pytest.raises(ValueError, match="dataset is empty"):
-        PrunabilityCallback(data().select([]))
+def test_label_smoothing_of_the_run_counts(tmp_path):
+    callback = PrunabilityCallback(data(40), task="classification")
+    torch.manual_seed(0)
+    model, args = Digits(16), TrainingArguments(str(tmp_path), label_smoothing_factor=0.2, report_to=[], use_cpu=True)
+    callback.on_train_begin(args, TrainerState(), TrainerControl(), model=model)
+    callback.on_evaluate(args, TrainerState(), TrainerControl(), model=model)
+    pixels, labels = digits(40)
+    loss = torch.nn.functional.cross_entropy(model(pixels)["logits"], labels, label_smoothing=0.2)
+    assert callback.results[-1][1].loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "message"),
+    [
+        (data().select([]), {}, "dataset is empty"),
+        (data(), {"criterion": "size"}, "criterion='size'"),
+        (data(), {"tolerance": -1}, "tolerance=-1"),
+        (torch.sum, {"samples": 10}, "samples: only for a data set"),
+    ],
+)
+def test_bad_input_shows_at_construction(losses, options, message):
+    with pytest.raises(ValueError, match=message):
+        PrunabilityCallback(losses, **options)
+
+
+def test_what_cant_be_measured_ends_training_before_its_first_step(tmp_path):
+    steps = []
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            steps.append(1)
+
+    def losses(model):
+        raise RuntimeError("told to fail")
+
+    with pytest.raises(RuntimeError, match="told to fail"):
+        run(tmp_path, [PrunabilityCallback(losses), Steps()])
+    with pytest.raises(ValueError, match="Digits doesn't say which loss it computes; name the task"):
+        run(tmp_path, [PrunabilityCallback(data()), Steps()])
+    assert not steps

@@ -1,14 +1,25 @@
 """Prunability: hand-worked answers, bisection against the grid, what it refuses, what it says."""
 
+import copy
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from datasets import Dataset, DatasetDict
 from huggingface_hub import EvalResult
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from torch.utils.data import IterableDataset, TensorDataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithFlattening,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
-from hf_efx.prunability import measure, prunability
+from hf_efx import SliceOutConfig, TargetedDropoutConfig, get_efx_model
+from hf_efx.prunability import measure, measure_prunability
 from hf_efx.prunability.sample import Sample
 from prunability.networks import cross_entropies, digits, squared_errors, trained, two_weights
 
@@ -24,7 +35,7 @@ def gpt2(**settings) -> GPT2LMHeadModel:
 @pytest.mark.parametrize(("tolerance", "fraction"), [(0.4, 1.0), (0.5, 0.5), (4.9, 0.5), (5.0, 0.01)])
 def test_two_weights_by_hand(tolerance, fraction, exhaustive):
     model, losses = two_weights()  # mean losses: 0 whole, 0.5 of one weight, 5 of none
-    result = prunability(model, losses, tolerance, tolerance_mode="absolute", exhaustive=exhaustive)
+    result = measure_prunability(model, losses, tolerance, tolerance_mode="absolute", exhaustive=exhaustive)
     assert result.fraction == fraction
     assert result.lowest == (fraction if exhaustive else None)
     assert result.evaluations == (101 if exhaustive else 8 if fraction == 0.01 else 9)
@@ -41,8 +52,9 @@ def test_orthogonal_features_in_closed_form():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
     model = nn.Linear(n, 1, bias=False, dtype=torch.float64)
-    w = model.weight.detach()[0]
-    result = prunability(model, squared_errors(inputs, (inputs @ w)[:, None] + 0.25), 0.03, exhaustive=True)
+    w = torch.randn(n, generator=generator, dtype=torch.float64)
+    model.weight.data[0] = w
+    result = measure_prunability(model, squared_errors(inputs, (inputs @ w)[:, None] + 0.25), 0.03, exhaustive=True)
     added = (w.square() + 0.5 * w * inputs.sum(0))[w.abs().argsort()].cumsum(0)
     wanted = [0.0625 + float(added[n - n * step // 100 - 1]) / n for step in range(1, 100)] + [0.0625]
     assert result.loss == pytest.approx(0.0625, abs=1e-12)
@@ -54,19 +66,19 @@ def test_orthogonal_features_in_closed_form():
 
 
 def test_bisection_is_the_grid_on_trained_networks():
-    pixels, labels = digits(200)
+    pixels, labels = digits(60)
     losses = cross_entropies(pixels, labels)
     same = 0
-    for seed in range(20):
-        model = trained(pixels, labels, width=4 + 2 * seed, seed=seed)
-        grid, fast = prunability(model, losses, exhaustive=True), prunability(model, losses)
+    for seed in range(10):
+        model = trained(pixels, labels, width=4 + 4 * seed, seed=seed, target=0.1)
+        grid, fast = measure_prunability(model, losses, exhaustive=True), measure_prunability(model, losses)
         assert fast.evaluations <= 12 and grid.lowest is not None
         if grid.lowest == grid.fraction:  # monotone where it crosses the bound
             same += 1
             assert abs(fast.fraction - grid.fraction) <= 0.01 + 1e-12
         assert grid.lowest <= fast.fraction <= grid.fraction
         assert fast.interval is not None and fast.interval[0] <= fast.fraction <= fast.interval[1] + 1e-12
-    assert same >= 15
+    assert same >= 5
 
 
 def test_a_loss_that_is_not_monotone_has_two_answers():
@@ -76,7 +88,7 @@ def test_a_loss_that_is_not_monotone_has_two_answers():
         kept = int((model.weight != 0).sum())
         return torch.tensor([2.0 if 40 <= kept < 60 or kept < 20 else 1.0])
 
-    result = prunability(model, losses, exhaustive=True)
+    result = measure_prunability(model, losses, exhaustive=True)
     assert (result.lowest, result.fraction) == (0.2, 0.6)
 
 
@@ -86,7 +98,7 @@ def test_memorised_labels_need_more_weights():
     found = {}
     for name, target in (("true", labels), ("permuted", permuted)):
         model = trained(pixels, target, width=128, seed=0)
-        found[name] = prunability(model, cross_entropies(pixels, target), tolerance=1.0).fraction
+        found[name] = measure_prunability(model, cross_entropies(pixels, target), tolerance=1.0).fraction
     assert found["permuted"] > found["true"] + 0.1
 
 
@@ -104,7 +116,7 @@ def test_interval_narrows_with_examples():
     for count in (20, 2000):
         inputs = torch.randn(count, 50)
         losses = squared_errors(inputs, model(inputs).detach() + torch.randn(count, 1))
-        interval = prunability(model, losses).interval
+        interval = measure_prunability(model, losses).interval
         assert interval is not None
         widths.append(interval[1] - interval[0])
     assert widths[1] < widths[0]
@@ -112,13 +124,13 @@ def test_interval_narrows_with_examples():
 
 def test_a_number_and_weighted_losses():
     model, losses = two_weights()
-    number = prunability(model, lambda m: float(losses(m).mean()), 0.5, tolerance_mode="absolute")
+    number = measure_prunability(model, lambda m: float(losses(m).mean()), 0.5, tolerance_mode="absolute")
     assert (number.fraction, number.interval, number.samples) == (0.5, None, None)
     # With three quarters on the first example one weight alone costs 0.25.
-    weighted = prunability(model, lambda m: (losses(m), torch.tensor([3, 1])), 0.25, tolerance_mode="absolute")
+    weighted = measure_prunability(model, lambda m: (losses(m), torch.tensor([3, 1])), 0.25, tolerance_mode="absolute")
     assert weighted.fraction == 0.5
     assert (
-        prunability(model, lambda m: (losses(m), torch.tensor([3, 1])), 0.2, tolerance_mode="absolute").fraction == 1
+        measure_prunability(model, lambda m: (losses(m), torch.tensor([3, 1])), 0.2, tolerance_mode="absolute").fraction == 1
     )
 
 
@@ -128,17 +140,17 @@ def test_a_data_set_gives_the_models_own_loss():
     rows = [{"input_ids": ids.tolist(), "labels": ids.tolist(), "other": 1} for ids in torch.randint(16, (12, 6))]
     for row in rows[:6]:  # half of the examples have fewer labels
         row["labels"] = [*row["labels"][:3], -100, -100, -100]
-    result = prunability(model, rows, samples=None, batch_size=5)
+    result = measure_prunability(model, rows, samples=None, batch_size=5)
     batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
     with torch.no_grad():
         assert result.loss == pytest.approx(float(model.eval()(**batch).loss), rel=1e-5)
     assert result.samples == 12
-    again = prunability(model, rows, samples=7, seed=3)
+    again = measure_prunability(model, rows, samples=7, seed=3)
     assert again.samples == 7 and again.loss != result.loss
-    assert again.loss == prunability(model, rows, samples=7, seed=3).loss
+    assert again.loss == measure_prunability(model, rows, samples=7, seed=3).loss
 
 
-def test_labels_of_classes_margins_and_accuracy():
+def test_labels_of_classes_and_margins():
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20)
     config.num_labels = 3
     torch.manual_seed(0)
@@ -151,23 +163,43 @@ def test_labels_of_classes_margins_and_accuracy():
     assert torch.allclose(losses.double(), sample(model)[0], atol=1e-6)
     one = logits[4]  # label 1
     assert float(margins[4]) == pytest.approx(float(one[1] - max(one[0], one[2])), abs=1e-6)
-    assert sample.accuracy(model) == pytest.approx(float((margins > 0).float().mean()))
+    targets = torch.tensor([i % 3 for i in range(9)])
+    smooth = F.cross_entropy(logits, targets, label_smoothing=0.1, reduction="none")
+    assert torch.allclose(sample.smoothed(0.1)(model)[0], smooth.double(), atol=1e-6)
+
+
+def text(count: int = 8) -> list[dict[str, list[int]]]:
+    ids = torch.randint(1, 16, (count, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def test_wrappers_and_methods_that_act_in_training_change_nothing():
+    torch.manual_seed(0)
+    model = gpt2().train()
+    plain = measure_prunability(model, text())
+    assert measure_prunability(torch.compile(model, backend="eager"), text()) == plain  # pyright: ignore
+    assert measure_prunability(nn.DataParallel(model), text()) == plain
+    targeted = TargetedDropoutConfig(targeting=0.5, rate=0.9, target_modules=["c_fc"])
+    for config in (targeted, SliceOutConfig(rate={"mlp": 0.5, "attention": 0.0})):
+        assert measure_prunability(get_efx_model(copy.deepcopy(model), config), text()) == plain
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert measure_prunability(model, text()) == plain
 
 
 def test_what_it_says(tmp_path):
     torch.manual_seed(0)
-    model = gpt2()
-    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in torch.randint(16, (8, 6))]
-    result = prunability(model, rows, scope="layer")
-    text = str(result)
-    assert "embeddings left out" in text and "transformer.h.0.attn.c_attn.weight" in text and "wte" not in text
+    model, rows = gpt2(), text()
+    result = measure_prunability(model, rows, scope="layer")
+    said = str(result)
+    assert "embeddings left out" in said and "transformer.h.0.attn.c_attn.weight" in said and "wte" not in said
     assert result.weights == 8 * 24 + 8 * 8 + 2 * 8 * 32
     path = result.plot(tmp_path / "curve.png")
     assert path.read_bytes()[:4] == b"\x89PNG"
     (one,) = result.to_eval_results(task_type="text-generation", dataset_type="x", dataset_name="X")
     assert isinstance(one, EvalResult) and one.metric_value == result.fraction
     assert result.curve.points[0] == (0.0, result.loss)
-    with_tables = prunability(model, rows, embeddings=True)  # wte is the output layer too, and counts once
+    with_tables = measure_prunability(model, rows, embeddings=True)  # wte is the output layer too, and counts once
     assert with_tables.weights == result.weights + 16 * 8 + 8 * 8
 
 
@@ -179,14 +211,14 @@ def test_what_it_says(tmp_path):
         ({"tolerance_mode": "both"}, "tolerance_mode='both'"),
         ({"criterion": "size"}, "criterion='size'"),
         ({"scope": "row"}, "scope='row'"),
-        ({"batch_size": 3}, "batch_size: only for a data set"),
+        ({"batch_size": 3, "samples": None}, "samples, batch_size: only for a data set"),
         ({}, "tolerance_mode='absolute'"),  # a loss of 0
     ],
 )
 def test_bad_options(options, message):
     model, losses = two_weights()
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        prunability(model, losses, **options)
+        measure_prunability(model, losses, **options)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +236,16 @@ def test_bad_options(options, message):
 def test_bad_losses(losses, message):
     model, _ = two_weights()
     with pytest.raises(ValueError, match=message):
-        prunability(model, losses)
+        measure_prunability(model, losses)
     assert model.weight.tolist() == [[3.0, 1.0]]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from text()
+
+    def __len__(self):
+        return 8
 
 
 @pytest.mark.parametrize(
@@ -216,8 +256,15 @@ def test_bad_losses(losses, message):
         ([{"input_ids": [1, 2]}], {}, "no 'labels'"),
         ([{"input_ids": [1], "labels": [1]}], {"samples": 0}, "samples=0"),
         ([{"input_ids": [1], "labels": [1]}], {"batch_size": 0}, "batch_size=0"),
+        (DatasetDict(train=Dataset.from_list([{"input_ids": [1]}])), {}, "DatasetDict, .*pass one split"),
+        (Stream(), {}, "Stream, whose rows can't be drawn"),
+        (TensorDataset(torch.ones(2, 3), torch.ones(2)), {}, "rows of type tuple"),
+        ([([1, 2], 0)], {"data_collator": lambda rows: [torch.ones(1), torch.ones(1)]}, "'labels', but is a list"),
+        (text(), {"data_collator": DataCollatorWithFlattening()}, "1 rows of 8 examples|several examples each"),
+        ([{"input_ids": [1, 2], "labels": [-100, -100]}], {}, "no example of the sample has a label"),
+        (text(), {"label_smoothing": 1.5}, "label_smoothing=1.5"),
     ],
 )
 def test_bad_samples(data, options, message):
     with pytest.raises(ValueError, match=message):
-        prunability(gpt2(), data, **options)
+        measure_prunability(gpt2(), data, **options)

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_efx import LowRankConfig, get_efx_model
-from hf_efx.prunability import prunability, weights
+from hf_efx.prunability import measure_prunability, weights
 from hf_efx.prunability.weights import WeightOrder, prunable_weights
 from prunability.networks import Odd, traces
 
@@ -93,11 +93,11 @@ def test_the_model_comes_back_bit_for_bit(error, criterion):
     formats = [p.stride() for p in model.parameters()]
     before = traces(model)
     if error is None:
-        result = prunability(model, losses_that(None, images), criterion=criterion, exhaustive=True)
+        result = measure_prunability(model, losses_that(None, images), criterion=criterion, exhaustive=True)
         assert result.weights == 2 * 4 * 9 + 3 * 24  # the tied weight once
     else:
         with pytest.raises(type(error)):
-            prunability(model, losses_that(error, images), criterion=criterion)
+            measure_prunability(model, losses_that(error, images), criterion=criterion)
     after = traces(model)
     assert {k for k in before if before[k] != after[k]} == set()
     assert [p.stride() for p in model.parameters()] == formats
@@ -159,7 +159,7 @@ def test_of_lora_and_low_rank_layers_the_stored_matrices_count():
     assert names == ["base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"]
     before = traces(adapted)
     inputs = torch.ones(3, 6)
-    result = prunability(adapted, lambda m: (m(inputs) - 1).square().sum(1))
+    result = measure_prunability(adapted, lambda m: (m(inputs) - 1).square().sum(1))
     assert result.weights == 6 * 8 + 2 * 6 + 8 * 2 and traces(adapted) == before
     factorised = get_efx_model(nn.Sequential(nn.Linear(6, 8)), LowRankConfig(rank=2, target_modules=["0"]))
     assert sorted(weight.numel() for weight in prunable_weights(factorised).values()) == [12, 16]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from hf_efx.core.data.example_ids import ID_COLUMN, check_dataset
-from hf_efx.core.scoring.scorer import unwrap_model
+from hf_efx.core.scoring.scoring_state import unwrap_model
 
 _FINGERPRINT_BYTES = 16 * 2**20  # of rows that are hashed at a time
 
@@ -71,20 +71,22 @@ def _blocks(dataset: Dataset, names: list[str]) -> Iterator[pa.Table]:
 def _digest_rows(table: pa.Table) -> np.ndarray:
     """128-bit digests of rows, [rows, 2] uint64. They depend on nothing but the row."""
     arrays = [_plain(table.column(name).combine_chunks()) for name in sorted(table.column_names)]
-    pieces = [piece for array in arrays for piece in _pieces(array)]
-    nulls = np.any([_nulls(array) for array in arrays], axis=0)
-    # What has a fixed width stands in one block, with the lengths of what hasn't: one slice a row.
-    block = np.stack([values if ends is None else np.diff(ends) for values, ends in pieces], 1).astype("<i8")
-    head, width = memoryview(block.tobytes()), 8 * len(pieces)
-    tails = [(values.data, ends.tolist()) for values, ends in pieces if ends is not None]
-    digests = []
-    for i in range(table.num_rows):
-        if nulls[i]:  # as text: a null's place isn't in the pieces
-            row = b"null" + json.dumps([array[i].as_py() for array in arrays], default=str, sort_keys=True).encode()
-        else:
-            row = b"".join([head[i * width : (i + 1) * width], *(tail[ends[i] : ends[i + 1]] for tail, ends in tails)])
-        digests.append(hashlib.blake2b(row, digest_size=16).digest())
+    rows = list(_row_bytes(arrays))
+    for i in np.flatnonzero(np.any([_nulls(array) for array in arrays], axis=0)):  # `_row_bytes` doesn't tell them
+        values = [array[int(i)].as_py() for array in arrays]
+        rows[i] = b"null" + json.dumps(values, default=str, sort_keys=True).encode()
+    digests = [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
     return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+
+
+def _row_bytes(arrays: list[pa.Array]) -> Iterator[bytes]:
+    """What each row holds: its numbers and the lengths of its bytes, 8 bytes each, and then those bytes."""
+    pieces = [piece for array in arrays for piece in _pieces(array)]
+    numbers = np.stack([values if ends is None else np.diff(ends) for values, ends in pieces], 1).astype("<i8")
+    heads, width = memoryview(numbers.tobytes()), 8 * len(pieces)
+    tails = [(values.data, ends.tolist()) for values, ends in pieces if ends is not None]
+    for i in range(len(numbers)):
+        yield b"".join([heads[i * width : (i + 1) * width], *(tail[ends[i] : ends[i + 1]] for tail, ends in tails)])
 
 
 def _plain(array: pa.Array) -> pa.Array:

@@ -4,6 +4,7 @@ the language reference behind `help()`. Beside it the split by hash, for any tex
 
 import ast
 import collections
+import functools
 import hashlib
 import inspect
 import os
@@ -23,7 +24,7 @@ _COMMENT_MARK = re.compile(r"^[ \t]*#+[:!]? ?", re.MULTILINE)
 
 
 def standard_library_text() -> dict[str, list[str]]:
-    """Reads the English text of this Python's standard library: about 2.8 MB, in 3 s.
+    """Reads the English text of this Python's standard library: about 2.8 MB, in 3 s, once a process.
 
     Sources are parsed, never imported. A paragraph that occurs twice is kept once, so that no split holds a paragraph
     of another; the split goes by the paragraph's hash and never changes for a given Python.
@@ -55,7 +56,7 @@ def labelled_library_text(labels: int) -> list[tuple[str, str]]:
     Raises:
         FileNotFoundError: If this Python comes without its library's sources.
     """
-    paragraphs = list(_library_paragraphs())
+    paragraphs = _library_paragraphs()
     counts = collections.Counter(part for part, _ in paragraphs)
     if len(counts) < labels:
         raise _no_library()
@@ -70,15 +71,16 @@ def _no_library() -> FileNotFoundError:
     )
 
 
-def _library_paragraphs() -> Iterator[tuple[str, str]]:
+@functools.cache
+def _library_paragraphs() -> tuple[tuple[str, str], ...]:
     """(part of the library, paragraph) of each paragraph of prose; what occurs twice is its first part's."""
-    seen = set()
+    parts: dict[str, str] = {}
     for part, text in _library_texts(Path(sysconfig.get_path("stdlib"))):
         for paragraph in re.split(r"\n\s*\n", text):
             paragraph = "\n".join(line.rstrip() for line in paragraph.strip("\n").splitlines())
-            if paragraph not in seen and _is_prose(paragraph):
-                seen.add(paragraph)
-                yield part, paragraph
+            if paragraph not in parts and _is_prose(paragraph):
+                parts[paragraph] = part
+    return tuple((part, paragraph) for paragraph, part in parts.items())
 
 
 def _library_texts(root: Path) -> Iterator[tuple[str, str]]:

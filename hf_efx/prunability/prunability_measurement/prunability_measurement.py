@@ -8,7 +8,7 @@ import datasets
 import evaluate
 import transformers
 
-import hf_efx.prunability
+import hf_efx
 
 _DESCRIPTION = """
 The smallest fraction of a model's weights that can be kept, pruning by magnitude without retraining, while its loss on
@@ -23,7 +23,7 @@ Args:
     labels (list of int, optional): classes of the texts; then the model is a sequence classifier, else a causal model.
     tokenizer (optional): the tokenizer; without it the checkpoint's.
     max_length (int): tokens of a text at most, 128.
-    **options: of hf_efx.prunability.prunability: tolerance, criterion, scope, tolerance_mode, exhaustive, ...
+    **options: of hf_efx.measure_prunability: tolerance, criterion, scope, tolerance_mode, exhaustive, ...
 Returns:
     prunability (float), interval (95%, over texts), loss, bound, evaluations, weights, kept (share of each tensor).
 """
@@ -76,7 +76,7 @@ class PrunabilityMeasurement(evaluate.Measurement):
         rows = [
             {**{name: encoded[name][i].tolist() for name in names}, "labels": targets[i]} for i in range(len(targets))
         ]
-        result = hf_efx.prunability.prunability(model, rows, **options)
+        result = hf_efx.measure_prunability(model, rows, **options)
         return {
             "prunability": result.fraction,
             "interval": result.interval,

@@ -30,18 +30,14 @@ from hf_efx.core.data.text_data import (
 ODD_TEXT = "A  tab\t, 'quotes' . caf\u00e9 cafe\u0301 \u4e2d\u6587 \U0001f600 \x00 \x7f\x80 \u2028\r\n\n ends "
 
 
-@pytest.fixture(scope="module")
-def library() -> dict[str, list[str]]:
-    return standard_library_text()
-
-
 def write(path: Path, content: str) -> str:
     data = content.encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return str(path)
 
 
-def test_standard_library_text_is_english_and_disjoint(library):
+def test_standard_library_text_is_english_and_disjoint():
+    library = standard_library_text()
     everything = [text for texts in library.values() for text in texts]
     assert sum(map(len, everything)) > 1_500_000
     assert len(set(everything)) == len(everything)
@@ -70,8 +66,9 @@ def test_source_texts_reads_docstrings_and_comments_without_running():
     assert list(library_text._source_texts(b"def (:\n")) == []
 
 
-def test_text_without_source_is_the_library(library, monkeypatch):
-    monkeypatch.setattr("hf_efx.core.data.text_data.standard_library_text", lambda: library)
+def test_text_without_source_is_the_library_read_once(monkeypatch):
+    library = standard_library_text()
+    monkeypatch.setattr(library_text, "_library_texts", None)
     loaded = load_text()
     assert list(loaded) == ["train", "validation", "test"]
     assert loaded["validation"]["text"][:] == library["validation"]
