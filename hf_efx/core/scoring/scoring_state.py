@@ -9,21 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.training.step_context import StepContext
-
-
-def unwrap_model(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel and torch.compile, in any order.
-
-    Calling it touches no gradient reducer. Shards (FSDP) stay wrapped: only the wrapper can gather them.
-    """
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif "_orig_mod" in vars(model).get("_modules", {}):  # torch.compile's
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 def base_model(model: nn.Module) -> Any:
