@@ -5,11 +5,14 @@ rescaled. Plain autograd would keep the masked weight of every layer for the bac
 mask, a byte a weight, and masks the weight once more.
 """
 
+import base64
 import math
 import threading
+import zlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -52,6 +55,19 @@ def draw_kept(
     numbers = numbers.view(shape) if spared is None else numbers.as_strided(shape, spared.stride())
     kept = numbers >= threshold if threshold < 256 else torch.zeros_like(numbers, dtype=torch.bool)
     return kept if spared is None else kept.logical_or_(spared)
+
+
+def pack(mask: torch.Tensor) -> str:
+    """A boolean mask as text: its bits, compressed, which is short where few are set."""
+    bits = np.packbits(mask.cpu().numpy())
+    return base64.b64encode(zlib.compress(bits.tobytes())).decode()
+
+
+def unpack(text: str, like: torch.Tensor) -> torch.Tensor:
+    """The mask that `pack` wrote, in the shape and on the device of another."""
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
+    mask = np.unpackbits(bits, count=like.numel()).astype(bool)
+    return torch.from_numpy(mask).view(like.shape).to(like.device)
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,22 @@ class Product:
         return grad_x, grad_weight, rows.sum(0) if needs[2] else None
 
 
+@dataclass
+class Penalty:
+    """An L1 penalty on a weight that is added to the loss once, however often the layer is called until then.
+
+    Attributes:
+        strength: What the sum of |weights| is multiplied by; 0 once it was added.
+    """
+
+    strength: float
+
+    def take(self) -> float:
+        """The strength, at the first call."""
+        strength, self.strength = self.strength, 0.0
+        return strength
+
+
 @dataclass(frozen=True)
 class Drop:
     """What a layer drops in one pass.
@@ -111,13 +143,13 @@ class Drop:
         kept: Boolean, over the weight's shape (it may be an expanded view); None: everything is kept.
         kept_bias: Boolean [out]: entries of the bias that are kept; None: all.
         scale: Factor of what is kept, biases included where they are dropped.
-        l1: This times the sign of the weight is added to its gradient.
+        penalty: Whose gradient, its strength times the sign of the weight, goes into the weight's.
     """
 
     kept: torch.Tensor | None
     kept_bias: torch.Tensor | None = None
     scale: float = 1.0
-    l1: float = 0.0
+    penalty: Penalty | None = None
 
 
 class _Dropped(torch.autograd.Function):
@@ -147,8 +179,8 @@ class _Dropped(torch.autograd.Function):
                 grad_weight.mul_(kept)
             if drop.scale != 1:
                 grad_weight.mul_(drop.scale)
-            if drop.l1:
-                grad_weight.add_(weight.sign(), alpha=drop.l1)
+            if drop.penalty is not None and (strength := drop.penalty.take()):
+                grad_weight.add_(weight.sign(), alpha=strength)
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias_dtype)
             if kept_bias is not None:

@@ -10,7 +10,6 @@ from transformers import Trainer, TrainingArguments
 
 from hf_efx import EfxTrainer, TargetedDropoutCallback, TargetedDropoutConfig, get_efx_model, step_context
 from hf_efx.core.model.adapter import efx_record
-from hf_efx.targeted_dropout.layers import dropping_of
 
 GPT2 = next(architecture for architecture in ARCHITECTURES if architecture.name == "gpt2")
 
@@ -100,5 +99,3 @@ def test_what_a_run_cannot_be(tmp_path: Path) -> None:
         run(Trainer, GPT2.build(), tmp_path, [TargetedDropoutCallback()])
     with pytest.raises(ValueError, match="Leave the callback's config out"):
         run(Trainer, targeted(), tmp_path, [TargetedDropoutCallback(config(rate=0.1))])
-    model = targeted()
-    assert dropping_of(model) is not None

@@ -24,7 +24,7 @@ from hf_efx import (
     step_context,
     unload,
 )
-from hf_efx.targeted_dropout.layers import TargetedMember, dropping_of
+from hf_efx.targeted_dropout.layers import TargetedMember, droppings_of
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 GPT2 = BY_NAME["gpt2"]
@@ -178,7 +178,7 @@ def test_a_ramp_of_candidates_and_rate() -> None:
     model = mlp()
     config = TargetedDropoutConfig(targeting=0.75, rate=1.0, ramp="paper", ramp_steps=100, refresh_every=1)
     get_efx_model(model, config)
-    dropping: Any = dropping_of(model)
+    [dropping] = droppings_of(model)
     shares = []
     for step in (0, 50, 100, 120):
         gradients(model, torch.randn(64, 16), step)
@@ -208,9 +208,9 @@ def test_l1_comes_once_a_step_and_without_dropping() -> None:
 def test_unload_leaves_nothing_and_a_copy_drops_for_itself() -> None:
     model = get_efx_model(perturb(GPT2.build()), TargetedDropoutConfig(granularity="unit"))
     twin = copy.deepcopy(model)
-    assert dropping_of(twin) is not dropping_of(model)
+    assert droppings_of(twin)[0] is not droppings_of(model)[0]
     gradients(twin, GPT2.batch())
-    assert not dropping_of(model).spared and dropping_of(twin).spared  # pyright: ignore
+    assert not droppings_of(model)[0].spared and droppings_of(twin)[0].spared  # pyright: ignore
     unload(model)
     assert not any(isinstance(m, TargetedMember) for m in model.modules()) and step_context(model) is None
     assert not hasattr(model.config, "efx")
@@ -229,9 +229,9 @@ def test_a_saved_model_loads_without_hf_efx_and_gets_its_dropout_back(tmp_path: 
     assert done.stdout.split()[-1] == "Conv1D"
     assert json.loads((tmp_path / "config.json").read_text())["efx"]["methods"][0]["method"] == "targeted_dropout"
     loaded = GPT2.auto.from_pretrained(tmp_path)
-    assert dropping_of(loaded) is None
+    assert not droppings_of(loaded)
     get_efx_model(loaded)
-    back: Any = dropping_of(loaded)
+    [back] = droppings_of(loaded)
     assert back.config.method_fields() == config.method_fields()
     assert [(g.name, g.size) for g in back.groups] == [(f"transformer.h.{i}.mlp.c_fc", 128) for i in (0, 1)]
     left, right = gradients(model, GPT2.batch(), 5), gradients(loaded, GPT2.batch(), 5)
