@@ -120,8 +120,9 @@ class LowRankConfig(EfxMethodConfig):
         if self.init != "spectral" or self.factor_activation:
             field_name = "init" if self.init != "spectral" else "factor_activation"
             raise ValueError(
-                f"{field_name}={getattr(self, field_name)!r} discards the pretrained weights that are being loaded: "
-                f"use init='spectral' (their SVD) without factor_activation, or train from scratch with get_efx_model."
+                f"{field_name}={getattr(self, field_name)!r} discards the pretrained weights: use init='spectral' "
+                f"(their SVD) without factor_activation. To train from scratch build the model from its config, or "
+                f"say get_efx_model(..., pretrained=False)."
             )
 
     def check_merge(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from hf_efx.core.model.pretrained import weights_were_loaded
 from hf_efx.core.model.record import (
     QUANT_METHOD,
     EfxConfig,
@@ -32,7 +33,7 @@ def get_efx_model(
     model: ModelT,
     configs: "EfxConfig | EfxMethodConfig | Iterable[EfxMethodConfig] | None" = None,
     *,
-    pretrained: bool = False,
+    pretrained: bool | None = None,
 ) -> ModelT:
     """Puts methods into a model, in memory.
 
@@ -40,7 +41,8 @@ def get_efx_model(
         model: Any `torch.nn.Module`. It is changed in place.
         configs: Method configs, applied in order. None puts back what `model.config.efx` names and the model lacks;
             what is there already stays as it is.
-        pretrained: True says that the weights are trained, so that configs which would discard them are refused.
+        pretrained: Whether the weights are trained, so that configs which would discard them are refused. None takes
+            those for trained that `from_pretrained` loaded (see `weights_were_loaded`).
 
     Returns:
         The same object.
@@ -74,7 +76,8 @@ def get_efx_model(
                     f"checkpoint was trained with (config.efx). Put it back with get_efx_model(model), or take it "
                     f"off for good with hf_efx.unload(model) first."
                 )
-        plan = config.plan(model, targets, pretrained)
+        trained = weights_were_loaded(model, targets) if pretrained is None else pretrained
+        plan = config.plan(model, targets, trained)
         for name in plan:
             refuse_offloaded(name, model.get_submodule(name))
         _refuse_pruned(model, config, plan)
