@@ -46,7 +46,7 @@ def checkpoint_model(name: str, low_rank_config: LowRankConfig | None = None) ->
         ValueError: If the config can't be carried out on it.
     """
     factorised = getattr(checkpoint_config(name), "efx", None)
-    if factorised and low_rank_config is not None and (given := low_rank_config.method_fields()):
+    if factorised and low_rank_config is not None and (given := low_rank_config.changed_fields()):
         raise ValueError(
             f"model_name_or_path={name!r} is factorised already, so {', '.join(given)} can't be chosen: leave them "
             f"out, or make it dense with merge_and_unload first."

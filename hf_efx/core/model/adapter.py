@@ -1,8 +1,9 @@
-"""The one engine that matches modules and swaps them: door 1 (`get_efx_model`), `unload` and `merge_and_unload`.
+"""Methods go into a model in memory and come off it: `get_efx_model`, `unload` and `merge_and_unload`.
 
 A module is swapped in place, by its `__class__`, not wrapped: references to it, hooks and device placement stay.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,18 +16,24 @@ from hf_efx.core.model.record import (
     check_record,
     efx_record,
     entry_config,
+    foreign_methods,
     hold_pruned,
     plan_for,
     pruned_modules,
+    recorded_methods,
     write_record,
 )
 from hf_efx.core.model.swap import refuse_offloaded
+from hf_efx.core.model.targets import check_names, warn_of_experts
+from hf_efx.core.model.weight_view import is_factorised
+from hf_efx.core.model.wrappers import inner_model, refuse_data_parallel
 
 if TYPE_CHECKING:
     from hf_efx.core.model.method_config import EfxMethodConfig
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
+logger = logging.getLogger(__name__)
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def get_efx_model(
@@ -38,7 +45,8 @@ def get_efx_model(
     """Puts methods into a model, in memory.
 
     Args:
-        model: Any `torch.nn.Module`. It is changed in place.
+        model: Any `torch.nn.Module`. It is changed in place; of a wrapped one the model inside, which is what is saved
+            (see `inner_model`).
         configs: Method configs, applied in order. None puts back what `model.config.efx` names and the model lacks;
             what is there already stays as it is.
         pretrained: Whether the weights are trained, so that configs which would discard them are refused. None takes
@@ -51,18 +59,43 @@ def get_efx_model(
         ValueError: If a config can't be carried out on this model (the reason and the way out are named). Everything
             is checked first: the model is unchanged then.
     """
+    inner = inner_model(model)
     if configs is None:
-        record = efx_record(model)
+        record = efx_record(inner)
         if record is None:
             raise ValueError("get_efx_model(model) without configs restores what config.efx names, but there is none.")
         restore_efx_model(model, record, initialise=True)
         return model
     methods = (configs if isinstance(configs, EfxConfig) else EfxConfig(configs)).methods
-    _refuse_foreign(model)
-    old = (efx_record(model) or {"methods": []})["methods"]
-    dormant = {name: entry["method"] for entry in old for name in plan_for(model, entry["modules"])}
-    entries, taken = [], {}
+    if not methods:
+        raise ValueError("get_efx_model was given an empty list: pass a config, such as LowRankConfig(rank=0.25).")
+    _refuse_foreign(inner)
+    if any(config.changes_skeleton for config in methods):
+        refuse_data_parallel(model, "A method that changes the skeleton")
+    if foreign := foreign_methods(inner):
+        logger.warning(
+            "config.efx names %s, but its layers are dense here: the config is another model's, and that entry goes.",
+            ", ".join(entry["method"] for entry in foreign),
+        )
+    if any(config.target_modules in (None, "all-linear") for config in methods):
+        warn_of_experts(inner)
+    plans = _plan_all(inner, methods, pretrained)
+    for config, plan in plans:
+        config.apply(inner, plan)
+    new = [{"method": c.method, "config": c.method_fields(), "modules": plan} for c, plan in plans]
+    write_record(inner, [*recorded_methods(inner), *new])
+    hold_pruned(inner)
+    return model
+
+
+def _plan_all(
+    model: nn.Module, methods: "list[EfxMethodConfig]", pretrained: bool | None
+) -> "list[tuple[EfxMethodConfig, dict[str, Any]]]":
+    """What each method does to which modules; raises where one can't be carried out, the model untouched."""
+    dormant = {n: e["method"] for e in recorded_methods(model) for n in plan_for(model, e["modules"])}
+    plans, taken = [], {}
     for config in methods:
+        check_names(model, config)
         targets = config.match(model)
         for name in targets:
             if name in taken:
@@ -82,13 +115,8 @@ def get_efx_model(
             refuse_offloaded(name, model.get_submodule(name))
         _refuse_pruned(model, config, plan)
         taken.update(dict.fromkeys(plan, config.method))
-        entries.append((config, plan))
-    for config, plan in entries:
-        config.apply(model, plan)
-    new = [{"method": c.method, "config": c.method_fields(), "modules": plan} for c, plan in entries]
-    write_record(model, [*old, *new])
-    hold_pruned(model)
-    return model
+        plans.append((config, plan))
+    return plans
 
 
 def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool = False, revive: bool = True) -> None:
@@ -105,16 +133,21 @@ def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool
     Raises:
         ValueError: If the record is malformed, newer than this version, or names modules that the model lacks.
     """
-    entries = [(entry_config(e), plan_for(model, e["modules"]), e) for e in check_record(record)["methods"]]
-    for config, plan, _ in entries:
+    inner = inner_model(model)
+    methods = []
+    for entry in check_record(record)["methods"]:
+        config, plan = entry_config(entry), plan_for(inner, entry["modules"])
+        methods.append({**entry, "config": config.method_fields(), "modules": plan})
         if config.changes_skeleton:
-            plan = {name: spec for name, spec in plan.items() if not hasattr(model.get_submodule(name), "dense_class")}
+            plan = {name: spec for name, spec in plan.items() if not is_factorised(inner.get_submodule(name))}
+            if plan:
+                refuse_data_parallel(model, type(config).__name__)
         elif not revive:
             continue
-        (config.apply if initialise else config.restore)(model, plan)
-    write_record(model, [{**entry, "modules": plan} for _, plan, entry in entries], record.get("pruned"))
+        (config.apply if initialise else config.restore)(inner, plan)
+    write_record(inner, methods, record.get("pruned"))
     if revive:
-        hold_pruned(model)
+        hold_pruned(inner)
 
 
 def _refuse_pruned(model: nn.Module, config: "EfxMethodConfig", plan: dict[str, Any]) -> None:
@@ -134,38 +167,42 @@ def merge_and_unload(model: ModelT) -> ModelT:
         ValueError: If a peft adapter is still on the model, or a method can't be merged (the reason is named). The
             model is unchanged then.
     """
-    _refuse_foreign(model)
-    record = efx_record(model)
-    entries = [
-        (entry_config(entry), plan_for(model, entry["modules"]))
-        for entry in reversed(record["methods"] if record else [])
-    ]
+    inner = inner_model(model)
+    _refuse_foreign(inner)
+    entries = [(entry_config(e), plan_for(inner, e["modules"])) for e in reversed(recorded_methods(inner))]
     for config, plan in entries:
+        if config.changes_skeleton:
+            refuse_data_parallel(model, "merge_and_unload")
         config.check_merge()
         for name in plan:
-            refuse_offloaded(name, model.get_submodule(name))
+            refuse_offloaded(name, inner.get_submodule(name))
     for config, plan in entries:
-        config.merge(model, plan)
-    write_record(model, [])
+        config.merge(inner, plan)
+    write_record(inner, [])
     return model
 
 
 def unload(model: ModelT) -> ModelT:
-    """Takes the training-time methods off and leaves what changes the skeleton (low rank) in place."""
-    record = efx_record(model)
+    """Takes the training-time methods off and leaves what changes the skeleton (low rank) in place.
+
+    Methods that `config.efx` names and the model lacks (a config reused for a new model) go from it, too.
+    """
+    inner = inner_model(model)
     kept = []
-    for entry in record["methods"] if record else []:
+    for entry in recorded_methods(inner):
         config = entry_config(entry)
         if config.changes_skeleton:
             kept.append(entry)
         else:
-            config.merge(model, plan_for(model, entry["modules"]))
-    write_record(model, kept)
+            config.merge(inner, plan_for(inner, entry["modules"]))
+    write_record(inner, kept)
     return model
 
 
 def _refuse_foreign(model: nn.Module) -> None:
     """Raises where the whole model is in a state that no method may change."""
+    if any("_fsdp_wrapped_module" in name for name, _ in model.named_children()):
+        raise ValueError("The model is wrapped by FSDP, which holds its weights in shards: call this before.")
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"{type(model).__name__} already carries a peft adapter. Put hf_efx on first and the adapter on top, or "

@@ -1,14 +1,19 @@
 """The base of the methods' PEFT-style configs: what a config must be able to do for `core/model/adapter.py`."""
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import nn
 
+from hf_efx.core.model.targets import match_targets
+
 # Fields of PeftConfig that describe an adapter file or a run, not the method: they stay out of `config.efx`.
 _HOUSEKEEPING = {field.name for field in dataclasses.fields(PeftConfig)}
+# What other configs of peft call the same thing.
+_PEFT_NAMES = {"r": "rank", "init_lora_weights": "init", "init_weights": "init", "lora_dropout": "rate", "p": "rate"}
 
 
 @dataclass
@@ -48,13 +53,24 @@ class EfxMethodConfig(PeftConfig):
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "EfxMethodConfig":
+        fields = {f.name for f in dataclasses.fields(cls) if f.init}
+        if args:
+            own = [name for name in fields_of(cls) if name not in fields_of(EfxMethodConfig)]
+            first = (own or fields_of(cls))[0]
+            raise TypeError(
+                f"{cls.__name__} takes keywords alone, such as {cls.__name__}({first}={args[0]!r}), but got the "
+                f"positional value {args[0]!r}."
+            )
         # peft drops unknown keys with a warning; a key that is dropped is a setting that silently isn't there.
-        known = {f.name for f in dataclasses.fields(cls) if f.init}
-        unknown = sorted(set(kwargs) - known)
+        unknown = sorted(set(kwargs) - fields)
         if unknown:
+            name, value = unknown[0], kwargs[unknown[0]]
+            known = fields_of(cls)
+            near = [n for n in (_PEFT_NAMES.get(name), *difflib.get_close_matches(name, known, n=1)) if n in known]
             raise ValueError(
-                f"{cls.__name__}: unknown key {unknown[0]!r} (value {kwargs[unknown[0]]!r}). Known keys: "
-                f"{', '.join(sorted(known - _HOUSEKEEPING))}. If a newer hf_efx wrote this config, upgrade hf_efx."
+                f"{cls.__name__}: unknown key {name!r} (value {value!r})"
+                + (f"; write {near[0]}={value!r}" if near else "")
+                + f". Known keys: {', '.join(sorted(known))}. If a newer hf_efx wrote this config, upgrade hf_efx."
             )
         return super().__new__(cls)
 
@@ -71,14 +87,14 @@ class EfxMethodConfig(PeftConfig):
                 )
 
     def method_fields(self) -> dict[str, Any]:
-        """The method's own fields that differ from their defaults, as JSON values."""
-        result = {}
-        for f in dataclasses.fields(self):
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            value = getattr(self, f.name)
-            if f.name not in _HOUSEKEEPING and value != default:
-                result[f.name] = value
-        return result
+        """The method's own fields, defaults too, as JSON values: what `config.efx` keeps."""
+        values = {name: getattr(self, name) for name in fields_of(type(self))}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def changed_fields(self) -> dict[str, Any]:
+        """Those of them that differ from their defaults."""
+        defaults = type(self)().method_fields()
+        return {name: value for name, value in self.method_fields().items() if value != defaults[name]}
 
     def match(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that the config acts on, by name, as `target_modules` and the fields beside it choose.
@@ -86,8 +102,6 @@ class EfxMethodConfig(PeftConfig):
         Raises:
             ValueError: If nothing matches, or a module that was named can't be changed (with the reason).
         """
-        from hf_efx.core.model.targets import match_targets
-
         return match_targets(model, self)
 
     def check_pretrained(self) -> None:
@@ -131,3 +145,8 @@ class EfxMethodConfig(PeftConfig):
         Empty for methods that leave the skeleton as it is.
         """
         return {}
+
+
+def fields_of(config_class: type[EfxMethodConfig]) -> list[str]:
+    """Names of a config's own fields, in order, without those that every config of peft has."""
+    return [f.name for f in dataclasses.fields(config_class) if f.init and f.name not in _HOUSEKEEPING]

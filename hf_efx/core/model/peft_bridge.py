@@ -1,20 +1,18 @@
-"""Door 3: our configs in peft's registry, so that `peft.get_peft_model`, `PeftModel.from_pretrained` and AutoPeftModel
-take them.
+"""Our configs in peft's registry, so that `peft.get_peft_model`, `PeftModel.from_pretrained` and AutoPeftModel take
+them.
 
-The only file that touches peft's internals: `register_peft_method` refuses names outside peft's own enum, so the
-mappings are filled directly. They are no promised API; peft's version is bounded in pyproject.toml and
-tests/core/test_peft_bridge.py holds the behaviour.
+`register_peft_method` refuses names outside peft's own enum, so the mappings are filled directly. They are no promised
+API; peft's version is bounded in pyproject.toml and tests/core/model/test_peft_bridge.py holds the behaviour.
 """
 
 import importlib
 from enum import Enum
 from typing import Any
 
-import wrapt
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 
-from hf_efx.core.model.pruned import is_held
+from hf_efx.core.model.peft_guard import guard_adapters
 from hf_efx.registry import METHODS
 
 
@@ -66,27 +64,4 @@ def register_adapter(peft_type: EfxType, config: type, tuner: type[BaseTuner] | 
     ]
     for mapping, value in mappings:
         mapping[peft_type] = value
-
-
-@wrapt.patch_function_wrapper("peft.tuners.tuners_utils", "BaseTuner._check_merge_allowed")
-def _refuse_merge(wrapped: Any, tuner: BaseTuner, args: Any, kwargs: Any) -> None:
-    """Refuses to merge another adapter's dense update into a factorised or a pruned layer.
-
-    peft adds the update to `weight`: that is one factor of the former, an obscure shape error, or, for a square layer
-    at full rank, a silently corrupted model; and it fills the latter's zeros.
-    """
-    wrapped(*args, **kwargs)
-    pruned = (getattr(getattr(tuner.model, "config", None), "efx", None) or {}).get("pruned", {})
-    for name, module in tuner.model.named_modules():
-        if isinstance(module, BaseTunerLayer) and (name in pruned or is_held(module.get_base_layer())):
-            raise ValueError(
-                f"{type(tuner).__name__}: the adapter on {name!r} can't be merged, since that layer is pruned and the "
-                f"update would fill its zeros. Keep the adapter unmerged; or give the zeros up with "
-                f"hf_efx.prune(model, 0) on the base model before putting the adapter on, merge, and prune again."
-            )
-        if isinstance(module, BaseTunerLayer) and hasattr(module.get_base_layer(), "dense_class"):
-            raise ValueError(
-                f"{type(tuner).__name__}: the adapter on {name!r} can't be merged, since that layer is factorised "
-                f"and a sum of its product and a dense update is no product of its rank. Keep the adapter unmerged, "
-                f"or call hf_efx.merge_and_unload on the base model before putting the adapter on."
-            )
+    guard_adapters()

@@ -7,16 +7,17 @@ A pruned model is flagged in `config.efx`, beside its methods:
 The mask itself is `weight != 0` and isn't stored. `{"bias": true}` says that whole units were pruned, so that the bias
 of an output without any weight is zero too; `follows` names the module whose outputs a batch norm scales and shifts.
 
-Zeros are held at the optimizer's step, not in the gradient: momentum and weight decay would move them without one.
-Hooks on every torch optimizer look where the zeros are just before a step, empty the gradient there, and write the
-zeros again after it, under any Trainer or loop. Whatever becomes zero by itself stays so too. The norm that gradients
-are clipped by still counts those of the zeros.
+Zeros are held at the optimizer's step, not in the gradient: momentum and weight decay would move them without one. A
+hook on torch's optimizers, which is there only while a pruned model is, looks where the zeros are just before a step
+of those that hold its parameters, empties the gradient there, and writes the zeros again after it, under any Trainer
+or loop. Whatever becomes zero by itself stays so too. The norm that gradients are clipped by still counts those of the
+zeros. Copies of a pruned model, by deepcopy or pickle and of any part of it, are held as it is; checkpoints hold
+nothing of this but the flag.
 """
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,61 +27,81 @@ from transformers.pytorch_utils import Conv1D
 
 Zeros = tuple[torch.Tensor, torch.Tensor]  # a tensor, and where it is to be zero: bool, of its shape
 
-_MARK = "_efx_pruned"  # in the __dict__ of a held module
-_held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_MARK = "_efx_pruned"  # in the __dict__ of a held module, and of the model that it was held in
+_marks: "weakref.WeakSet[_Mark]" = weakref.WeakSet()
 _found: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Zeros]] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []
 
 
-@dataclass(frozen=True)
-class _Held:
-    """What of a module is held: its weight; with `bias` that of empty outputs; with `follows` what scales them."""
+class _Mark:
+    """What of a module's own parts is held, by name: {"": {"bias": True}} in a held module, all of them in the model.
 
-    bias: bool = False
-    follows: nn.Module | None = None
+    The model's mark finds a part again that was replaced (`resize_token_embeddings` makes a new head), a module's own
+    goes along where it is copied alone. Copying or unpickling the module copies its mark, which enters itself anew.
+    """
+
+    def __init__(self, owner: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
+        self.__setstate__({"owner": owner, "specs": specs})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.owner: nn.Module = state["owner"]
+        self.specs: Mapping[str, Mapping[str, Any]] = state["specs"]
+        _marks.add(self)
+        if not _hooks:
+            _hooks.append(register_optimizer_step_pre_hook(_before_step))
+            _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+    def parts(self) -> dict[str, tuple[nn.Module, Mapping[str, Any]]]:
+        """The parts that are there, by name, each with its spec; `follows` in it is a module."""
+        there: dict[Any, nn.Module] = dict(self.owner.named_modules())
+        found = {name: (there[name], spec) for name, spec in self.specs.items() if name in there}
+        return {n: (m, {**s, "follows": there.get(s.get("follows"), s.get("follows"))}) for n, (m, s) in found.items()}
 
 
 def hold(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """From now on optimizers leave the zeros of these modules at zero. A copy of the model isn't held.
+    """From now on optimizers leave the zeros of these modules, and of the model's copies, at zero.
 
     Args:
         model: The model.
         modules: As in `config.efx`, under the names that they have in this model.
     """
     release(model)
-    for name, spec in modules.items():
-        module = model.get_submodule(name)
-        follows = spec.get("follows")
-        module.__dict__[_MARK] = _Held(bool(spec.get("bias")), follows and model.get_submodule(follows))
-        _held.add(module)
-    if _held and not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _hooks.append(register_optimizer_step_post_hook(_after_step))
+    if not modules:
+        return
+    model.__dict__[_MARK] = mark = _Mark(model, modules)
+    for module, spec in mark.parts().values():
+        module.__dict__[_MARK] = _Mark(module, {"": spec})
 
 
 def release(model: nn.Module) -> None:
-    """Lets the zeros of a model be trained again."""
-    for module in model.modules():
-        module.__dict__.pop(_MARK, None)
-        _held.discard(module)
+    """Lets the zeros of a model, or of a part of one, be trained again."""
+    released = set(model.modules())
+    for mark in list(_marks):
+        mark.specs = {n: mark.specs[n] for n, (module, _) in mark.parts().items() if module not in released}
+        if not mark.specs:
+            mark.owner.__dict__.pop(_MARK, None)
+            _marks.discard(mark)
+    _remove_idle_hooks()
+
+
+def _remove_idle_hooks() -> None:
+    if not _marks:
+        while _hooks:
+            _hooks.pop().remove()
 
 
 def is_held(module: nn.Module) -> bool:
     """Whether optimizers leave a module's zeros at zero."""
-    return module in _held
+    return "" in getattr(module.__dict__.get(_MARK), "specs", ())
 
 
-@torch.no_grad()
-def zeros_of(module: nn.Module) -> list[Zeros]:
+def _zeros_of(module: Any, spec: Mapping[str, Any]) -> list[Zeros]:
     """Where a held module is zero now, tensor by tensor."""
-    held: _Held = module.__dict__[_MARK]
-    weight: Any = module.weight
-    bias: Any = module.bias
-    if held.follows is not None:
-        empty = empty_outputs(held.follows)
-        return [(parameter, empty) for parameter in (weight, bias) if parameter is not None]
-    zeros = [(weight, weight == 0)]
-    return [*zeros, (bias, empty_outputs(module))] if held.bias and bias is not None else zeros
+    if spec["follows"] is not None:
+        empty = empty_outputs(spec["follows"])
+        return [(parameter, empty) for parameter in (module.weight, module.bias) if parameter is not None]
+    zeros = [(module.weight, module.weight == 0)]
+    return [*zeros, (module.bias, empty_outputs(module))] if spec.get("bias") and module.bias is not None else zeros
 
 
 def empty_outputs(module: nn.Module) -> torch.Tensor:
@@ -110,14 +131,18 @@ def zeroed(zeros: Iterable[Zeros]) -> Iterator[None]:
 
 @torch.no_grad()
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if not _held:
-        return
     ours = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    zeros = [zero for module in list(_held) for zero in zeros_of(module) if id(zero[0]) in ours]
+    parts = {id(module): (module, spec) for mark in list(_marks) for module, spec in mark.parts().values()}
+    zeros: list[Zeros] = []
+    for module, spec in parts.values():
+        if any(id(parameter) in ours for parameter in module.parameters(recurse=False)):
+            zeros += [zero for zero in _zeros_of(module, spec) if id(zero[0]) in ours]
     for parameter, mask in zeros:
         if parameter.grad is not None:
             parameter.grad.masked_fill_(mask, 0)
-    _found[optimizer] = zeros
+    if zeros:
+        _found[optimizer] = zeros
+    _remove_idle_hooks()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ This file must not import peft: transformers' loading imports it.
 """
 
 import copy
+import difflib
 import importlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_efx.core.model.pruned import hold
+from hf_efx.core.model.weight_view import is_factorised
+from hf_efx.core.model.wrappers import transformers_models, unwrap_model
 from hf_efx.registry import METHODS
 
 if TYPE_CHECKING:
@@ -49,17 +52,26 @@ class EfxConfig(QuantizationConfigMixin):
         unused.pop("quant_method", None)
         if unused:
             raise ValueError(f"EfxConfig: unknown key {next(iter(unused))!r}; it takes a list of method configs.")
-        self.methods: list[Any] = [methods] if hasattr(methods, "method_fields") else list(methods)  # pyright: ignore
+        single = isinstance(methods, (str, type)) or hasattr(methods, "method_fields")
+        self.methods: list[Any] = [methods] if single or not isinstance(methods, Iterable) else list(methods)
         for config in self.methods:
-            if not hasattr(config, "method_fields"):
+            if isinstance(config, type) or not hasattr(config, "method_fields"):
                 raise ValueError(
-                    f"EfxConfig: {config!r} is no config of an hf_efx method. Pass for example "
-                    f"LowRankConfig(rank=0.25); LoRA and other peft configs go on top, with peft.get_peft_model."
+                    f"EfxConfig: {config!r} is no config of an hf_efx method. {_what_to_write(config)}; LoRA and "
+                    f"other peft configs go on top, with peft.get_peft_model."
                 )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form for `config.quantization_config`: the methods themselves stand in `config.efx`."""
         return {"quant_method": QUANT_METHOD}
+
+
+def _what_to_write(wrong: Any) -> str:
+    name = wrong.__name__ if isinstance(wrong, type) else str(wrong)
+    known = {m: row.config.rpartition(".")[2] for m, row in METHODS.items() if row.config}
+    known |= {config: config for config in known.values()}
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"Write {known[near[0]]}()" if near else "Pass for example LowRankConfig(rank=0.25)"
 
 
 def config_class(method: str) -> "type[EfxMethodConfig]":
@@ -133,8 +145,47 @@ def entry_config(entry: dict[str, Any]) -> "EfxMethodConfig":
 
 
 def efx_record(model: nn.Module) -> dict[str, Any] | None:
-    """What stands in `model.config.efx` (without a transformers config: in `model.efx`), None if nothing."""
-    return getattr(_record_holder(model), "efx", None)
+    """What stands in `model.config.efx` (without a transformers config: in `model.efx`), None if nothing.
+
+    Of a wrapped model it is that of the model inside, see `wrappers.inner_model`; of several side by side none.
+    """
+    return getattr(_record_holder(_keeper(model)), "efx", None)
+
+
+def recorded_methods(model: nn.Module) -> list[dict[str, Any]]:
+    """The record's entries of methods, without those of `foreign_methods`."""
+    foreign = foreign_methods(model)
+    return [entry for entry in (efx_record(model) or {"methods": []})["methods"] if entry not in foreign]
+
+
+def foreign_methods(model: nn.Module) -> list[dict[str, Any]]:
+    """Entries that name factorised layers, though all of these are dense: the config came from another model.
+
+    `AutoModel.from_config(config)` builds a dense model whatever `config.efx` says, and saved like that it couldn't be
+    loaded.
+    """
+    result = []
+    for entry in (efx_record(model) or {"methods": []})["methods"]:
+        if config_class(entry["method"]).changes_skeleton:
+            names = plan_for(_keeper(model), entry["modules"])
+            if not any(is_factorised(_keeper(model).get_submodule(name)) for name in names):
+                result.append(entry)
+    return result
+
+
+def refuse_foreign_methods(model: nn.Module) -> None:
+    """Raises ValueError, before any work, for a model that a config of another one claims to be factorised."""
+    if foreign := foreign_methods(model):
+        raise ValueError(
+            f"config.efx says that {type(model).__name__} was made by {foreign[0]['method']}, but its layers are "
+            f"dense: its config is another model's, and what is saved couldn't be loaded. Call "
+            f"hf_efx.get_efx_model(model) to put the method on, or hf_efx.unload(model) to drop the entry."
+        )
+
+
+def _keeper(model: nn.Module) -> nn.Module:
+    found = list(transformers_models(model).values())
+    return found[0] if len(found) == 1 else unwrap_model(model)
 
 
 def _record_holder(model: nn.Module) -> Any:
@@ -147,14 +198,10 @@ def write_record(
 ) -> None:
     """Writes the methods, and the pruned modules, which None leaves as they are."""
     pruned = (efx_record(model) or {}).get("pruned") if pruned is None else pruned
+    model = _keeper(model)
     holder: Any = _record_holder(model)
     if holder is not model:
-        # A model keeps the config object that it was built from. Its dense twin, built from the same object, must not
-        # be recorded as factorised.
-        shared, holder = holder, copy.deepcopy(holder)
-        for module in model.modules():
-            if getattr(module, "config", None) is shared:
-                module.config = holder
+        holder = _own_config(model, holder)
     if methods or pruned:
         flag = {"pruned": pruned} if pruned else {}
         holder.efx = {"format_version": FORMAT_VERSION, "methods": methods, **flag}
@@ -165,13 +212,28 @@ def write_record(
     # Read by core/model/loading.py. On the live model it is a plain dict: transformers and the Trainer take only a
     # model that carries an `hf_quantizer` for a quantised one, and `save_pretrained` writes it as it stands.
     mark = {"quant_method": QUANT_METHOD}
-    if any(entry_config(entry).changes_skeleton for entry in methods):
+    if any(config_class(entry["method"]).changes_skeleton for entry in methods):
         holder.quantization_config = mark
         # Files name tensors as modules do. transformers would save a ViT or DINOv2 under an older layout's names, with
         # weights joined that are factors here.
         model._weight_conversions = []  # pyright: ignore[reportArgumentType]
     elif getattr(holder, "quantization_config", None) == mark:
         del holder.quantization_config, model._weight_conversions
+
+
+def _own_config(model: nn.Module, config: PreTrainedConfig) -> PreTrainedConfig:
+    """Gives the model, in all its parts, a copy of the config.
+
+    A model keeps the config object that it was built from: its dense twin, built from the same object, must not be
+    recorded as factorised. Parts of a composite model (Llava, an encoder-decoder) read configs inside that one.
+    """
+    copies: dict[int, Any] = {}
+    own = copy.deepcopy(config, copies)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                module.__dict__[name] = copies[id(value)]
+    return own
 
 
 def plan_for(model: nn.Module, modules: dict[str, Any]) -> dict[str, Any]:
@@ -205,6 +267,7 @@ def hold_pruned(model: nn.Module) -> None:
     Raises:
         ValueError: If the record names modules that the model lacks.
     """
+    model = _keeper(model)
     pruned = (efx_record(model) or {}).get("pruned")
     if pruned and not hasattr(model, "peft_config"):
         hold(model, _pruned_for(model, pruned))
@@ -212,13 +275,13 @@ def hold_pruned(model: nn.Module) -> None:
 
 def mark_pruned(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
     """Writes into `config.efx` which modules are pruned (see pruned.py), and holds their zeros; {} ends both."""
-    write_record(model, (efx_record(model) or {"methods": []})["methods"], modules)
-    hold(model, modules)
+    write_record(model, recorded_methods(model), modules)
+    hold(_keeper(model), modules)
 
 
 def pruned_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The modules that `config.efx` says are pruned, under the names that they have in this model."""
-    return _pruned_for(model, (efx_record(model) or {}).get("pruned") or {})
+    return _pruned_for(_keeper(model), (efx_record(model) or {}).get("pruned") or {})
 
 
 def _pruned_for(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

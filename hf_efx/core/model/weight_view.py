@@ -13,6 +13,11 @@ from transformers.pytorch_utils import Conv1D
 DENSE_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D, nn.Conv2d)
 
 
+def is_factorised(module: nn.Module) -> bool:
+    """Whether a method that changes the skeleton has put factors in the place of the module's weight."""
+    return hasattr(module, "dense_class")
+
+
 @dataclass(frozen=True)
 class WeightView:
     """A module's weight as matrices.

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import CONFIG_NAME
 
 from hf_efx.core.model.adapter import efx_record, hold_pruned, restore_efx_model
-from hf_efx.core.model.record import config_class
+from hf_efx.core.model.record import config_class, entry_config, recorded_methods, refuse_foreign_methods
 from hf_efx.core.results.card import write_model_card
 from hf_efx.core.training.arguments import EfxArgumentsMixin
 from hf_efx.core.training.checkpoints import explain_incomplete, explained_write_errors, last_complete_checkpoint
@@ -77,6 +77,7 @@ class EfxTrainerMixin(_Base):
             if self._resume_from is not None and self.model is not None and self.model_init is None:
                 self._match_structure(self.model, self._resume_from, fresh=self.optimizer is None)
             if self.model is not None:
+                refuse_foreign_methods(self.model)
                 self._hold_pruned(self.model)
             self._move_step_context()
             return super().train(self._resume_from, *args, **kwargs)
@@ -163,7 +164,7 @@ class EfxTrainerMixin(_Base):
         if not config_file.is_file():  # an adapter's checkpoint, or a module without a config
             return
         record = json.loads(config_file.read_bytes()).get("efx")
-        present = efx_record(model)
+        present = {"methods": recorded_methods(model)}
         if _structure(record) == _structure(present):
             # A loaded model has training-time methods in its config alone, and zeros that nothing holds.
             if record is not None and (_training_methods(record) or "pruned" in record):
@@ -298,7 +299,8 @@ class EfxTrainer(EfxTrainerMixin, Trainer):
 
 def _structure(record: dict[str, Any] | None) -> list[Any]:
     """What of a record must be the same, as JSON has it: settings too, since they decide the forward."""
-    return json.loads(json.dumps(record["methods"] if record else []))
+    methods = record["methods"] if record else []
+    return json.loads(json.dumps([{**entry, "config": entry_config(entry).method_fields()} for entry in methods]))
 
 
 def _last_evaluation(log_history: list[dict[str, float]], tasks: Any, datasets: list[str] | None) -> list[EvalResult]:

@@ -1,4 +1,4 @@
-"""Door 1: matching, refusing, swapping. What holds on every architecture stands in tests/test_matrix.py."""
+"""In memory: matching, refusing, swapping. What holds on every architecture stands in tests/test_matrix.py."""
 
 import copy
 import logging
@@ -131,9 +131,9 @@ def patched() -> nn.Module:
 NAMED = {"target_modules": ["second"]}
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
-    "nothing matches": (gpt2, {"target_modules": ["q_proj"]}, r"target_modules=\['q_proj'\].*no module.*c_attn"),
+    "nothing matches": (gpt2, {"target_modules": ["q_proj"]}, r"=\['q_proj'\]: 'q_proj' matches no module.*c_proj"),
     "all excluded": (linears, {**NAMED, "exclude_modules": ["second"]}, r"exclude_modules=\['second'\].*matches no"),
-    "layer out of range": (gpt2, {"layers_to_transform": [9]}, r"layers_to_transform=\[9\].*matches no module"),
+    "layer out of range": (gpt2, {"layers_to_transform": [9]}, r"layers_to_transform=\[9\]: 9 matches no module"),
     "rank above both": (linears, {"rank": 9, **NAMED}, r"rank=9 is above min\(in, out\)=8.*'second'.*Lower"),
     "rank above a block": (gpt2, {"rank": 33}, r"rank=33 is above min\(in, out\)=32.*c_attn.*\[32, 32\]"),
     "rank_pattern above": (gpt2, {"rank": 2, "rank_pattern": {"c_fc": 40}}, r"rank=40 is above.*mlp.c_fc"),
