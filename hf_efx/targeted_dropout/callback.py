@@ -5,7 +5,6 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_efx.core.model.adapter import get_efx_model
-from hf_efx.core.model.wrappers import inner_model
 from hf_efx.core.training.step_context import StepContextCallback
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
 from hf_efx.targeted_dropout.layers import Dropping, droppings_of
@@ -39,7 +38,7 @@ class TargetedDropoutCallback(StepContextCallback):
         model = kwargs["model"]
         self.droppings = droppings_of(model)
         if not self.droppings and self.config is not None:
-            get_efx_model(inner_model(model), self.config)
+            get_efx_model(model, self.config)
             self.droppings = droppings_of(model)
         if not self.droppings:
             raise ValueError(
@@ -59,9 +58,10 @@ class TargetedDropoutCallback(StepContextCallback):
 
         Of several configs they are means by the weights of their modules.
         """
-        if not self.droppings:
-            return {}
-        sizes = [dropping.size() for dropping in self.droppings]
-        rows = [(*dropping.factors(), dropping.dropped_share()) for dropping in self.droppings]
-        means = [sum(s * v for s, v in zip(sizes, values, strict=True)) / sum(sizes) for values in zip(*rows)]
-        return dict(zip((f"targeted_dropout/{name}" for name in ("targeting", "rate", "dropped")), means, strict=True))
+        total = sum(dropping.size() for dropping in self.droppings)
+        means = dict.fromkeys(("targeting", "rate", "dropped"), 0.0)
+        for dropping in self.droppings:
+            figures = (*dropping.factors(), dropping.dropped_share())
+            for name, value in zip(means, figures, strict=True):
+                means[name] += value * dropping.size() / total
+        return {f"targeted_dropout/{name}": value for name, value in means.items()} if total else {}

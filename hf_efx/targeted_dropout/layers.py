@@ -107,7 +107,7 @@ class Dropping:
     def _find_again(self, targeting: float) -> None:
         """The candidates of a checkpoint between two renewals."""
         if not self._kept and self.context.step:
-            logger.info("Targeted dropout: no candidates were kept for step %s: they are found anew.", self.context.step)
+            logger.info("Targeted dropout: step %s has no candidates kept and finds them anew.", self.context.step)
         self.targeting = self._kept.get("targeting", targeting)
         self.spared = self._strong(self.targeting)
         for name, flips in self._kept.get("flips", {}).items():
@@ -115,10 +115,11 @@ class Dropping:
                 self.spared[name] ^= unpack(flips, self.spared[name])
 
     def _check(self) -> None:
-        if self.config.method_fields() != self._put_on:
+        now = self.config.method_fields()
+        if now != self._put_on:
             raise ValueError(
-                f"The config of targeted dropout was changed after it was put on: it says {self.config.method_fields()}"
-                f", config.efx {self._put_on}. Call hf_efx.unload(model), then get_efx_model with the new one."
+                f"The config of targeted dropout was changed after it was put on: it says {now}, config.efx "
+                f"{self._put_on}. Call hf_efx.unload(model), then get_efx_model with the new one."
             )
         for name, member in {**self.modules, **self.members}.items():
             found = self.model.get_submodule(name)

@@ -118,7 +118,7 @@ class Part:
         return cls(config.granularity, config.scope, modules, groups)
 
     @classmethod
-    def trained(cls, model: nn.Module, entry: Mapping[str, Any], granularity: str | None, scope: str | None) -> "Part":
+    def trained(cls, model: nn.Module, entry: dict[str, Any], granularity: str | None, scope: str | None) -> "Part":
         """What an entry of `config.efx` says was trained, by its own granularity and scope or those given."""
         config = cast(TargetedDropoutConfig, entry_config(entry))
         if granularity not in (None, config.granularity):
@@ -269,7 +269,7 @@ class PruningPlan:
         )
 
 
-def _criterion(trained: Sequence[Mapping[str, Any]], granularity: str | None) -> dict[str, str]:
+def _criterion(trained: Sequence[dict[str, Any]], granularity: str | None) -> dict[str, str]:
     """Granularity and scope of modules that are named: as config.efx says, where that is one answer."""
     configs: list[Any] = [entry_config(entry) for entry in trained]
     kinds = {config.granularity for config in configs}

@@ -6,6 +6,7 @@ then of no account. Transformers builds all layers of a stack by one width, so i
 """
 
 import copy
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,7 +121,7 @@ def shrink(model: ModelT, *, blocks: Sequence[Block] | None = None, inputs: Any 
         groups = [group for group in groups if not kept[group.name].all()]
         _check_groups(inner, groups, kept)
         cut = _plan(inner, groups, kept)
-        if blocks is not None and inputs is None:
+        if inputs is None:
             _refuse_between(inner, cut.groups)
         _check_skeleton(inner, cut)
     if inputs is not None:
@@ -222,10 +223,10 @@ def _common_count(row: Widths, alike: list[UnitGroup], kept: Mapping[str, torch.
 
 def _refuse_between(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
     """Raises where a module beside a block has a number for each of its units, and may have to lose some too."""
-    for group in groups:
-        root = model.get_submodule(_common(group.members))
+    for group in (one for one in groups if one.kind != "attention"):  # there units are heads, not columns
+        root = _common(group.members)
         members = {model.get_submodule(name) for name in group.members}
-        for name, module in root.named_modules():
+        for name, module in model.get_submodule(root).named_modules(prefix=root):
             mixes = isinstance(module, (*DENSE_TYPES, nn.Embedding)) and getattr(module, "groups", 1) == 1
             tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             if module not in members and not mixes and any(group.size in tensor.shape for tensor in tensors):
@@ -238,9 +239,9 @@ def _refuse_between(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
 
 def _common(names: Sequence[str]) -> str:
     """The name of the module that holds all of these."""
-    parts = [name.split(".")[:-1] for name in names]
-    shared = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), min(map(len, parts)))
-    return ".".join(parts[0][:shared])
+    owners = [name.split(".")[:-1] for name in names]
+    levels = zip(*owners, strict=False)
+    return ".".join(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _check_skeleton(model: nn.Module, cut: _Cut) -> None:
@@ -313,9 +314,7 @@ def _take_out(model: nn.Module, cut: _Cut) -> None:
     mark_pruned(model, _still_pruned(model, pruned))
 
 
-def _cuts(
-    model: nn.Module, group: UnitGroup, keep: torch.Tensor
-) -> Iterator[tuple[str, str, int, torch.Tensor]]:
+def _cuts(model: nn.Module, group: UnitGroup, keep: torch.Tensor) -> Iterator[tuple[str, str, int, torch.Tensor]]:
     """What goes of the modules of a group: module, tensor, dimension, and which of its entries are kept."""
     for name, stacked in group.emits.items():
         module: Any = model.get_submodule(name)
