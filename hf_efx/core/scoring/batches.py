@@ -15,15 +15,19 @@ from hf_efx.core.scoring.losses import IGNORE_INDEX
 
 Batch = Mapping[str, Any]
 PADDING: dict[str, float] = {"labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0}
+_UNPACK = (
+    "they can't be told apart. Collate each example into a row of its own (DataCollatorWithPadding, say, instead of "
+    "DataCollatorWithFlattening or packing)"
+)
 _EMBEDDED = ("inputs_embeds", "bbox")  # sequence tensors [n, seq, features]
 
 
 def batch_size(batch: Batch) -> int:
-    """The number of rows that a batch's tensors share.
+    """The number of rows that a batch's tensors share, one an example.
 
     Raises:
-        ValueError: If there is no tensor with rows, or their numbers differ (patches of several images, say, laid end
-            to end): rows can't be told apart then.
+        ValueError: If there is no tensor with rows, their numbers differ (patches of several images, say, laid end to
+            end), or a row holds several examples: they can't be told apart then.
     """
     rows = {name: len(value) for name, value in batch.items() if _has_rows(value)}
     if len(set(rows.values())) != 1:
@@ -31,7 +35,20 @@ def batch_size(batch: Batch) -> int:
             f"the batch's rows can't be told apart: its tensors have {rows or 'no'} rows; collate it so that every "
             f"tensor's first dimension is the example's"
         )
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if isinstance(positions, torch.Tensor) and positions.dim() == 2:
+        restarts = positions[:, 1:] < positions[:, :-1]
+        if isinstance(mask, torch.Tensor) and mask.shape == positions.shape:  # padding has positions of any sort
+            restarts = restarts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        if restarts.any():
+            raise ValueError(f"the batch's rows hold several examples each, as position_ids say: {_UNPACK}")
     return next(iter(rows.values()))
+
+
+def check_rows(batch: Batch, examples: int) -> None:
+    """Raises ValueError unless a batch that was collated of so many examples has a row for each."""
+    if (rows := batch_size(batch)) != examples:
+        raise ValueError(f"the data collator made {rows} rows of {examples} examples: {_UNPACK}")
 
 
 def take_rows(batch: Batch, rows: torch.Tensor | slice) -> dict[str, Any]:

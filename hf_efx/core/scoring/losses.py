@@ -114,3 +114,5 @@ def check_inputs(
     elif logits.shape[:-1] != labels.shape or logits.dim() != (2 if task == "classification" else 3):
         need = "[batch, classes] and [batch]" if task == "classification" else "[batch, seq, vocab] and [batch, seq]"
         raise ValueError(f"task={task!r} needs logits and labels of shapes {need}, but got {got}.")
+    elif labels.is_floating_point():
+        raise ValueError(f"task={task!r} needs labels that are whole numbers, but they are {labels.dtype}.")

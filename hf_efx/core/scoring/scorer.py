@@ -6,10 +6,10 @@ Scores are those of the examples one at a time: they depend neither on how a bat
 (but for batch statistics in `mode="train"`).
 """
 
-import inspect
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from hf_efx.core.scoring.batches import align_left, sequence_names, take_columns, take_rows, trim_padding
+from hf_efx.core.scoring.batches import sequence_names, take_columns, take_rows, trim_padding
 from hf_efx.core.scoring.batches import batch_size as rows_of
+from hf_efx.core.scoring.forward import Forward, aligned, check_own_loss
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels, check_inputs, per_example_loss
 from hf_efx.core.scoring.scoring_state import base_model, scoring_state, unwrap_model
 
@@ -43,10 +44,30 @@ _HEADS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("classification", ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")),
 )
 _LANGUAGE_MODELS = {"causal", "seq2seq", "masked"}
+# Decoders under transformers' causal heads that take labels which are shifted already. tests/core/scoring/test_own_loss.py
+# goes through all classes.
+_UNSHIFTED = {
+    "BartForCausalLM",
+    "BigBirdPegasusForCausalLM",
+    "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM",
+    "CpmAntForCausalLM",
+    "MBartForCausalLM",
+    "MarianForCausalLM",
+    "MvpForCausalLM",
+    "PLBartForCausalLM",
+    "PegasusForCausalLM",
+    "TrOCRForCausalLM",
+    "WhisperForCausalLM",
+    "XLMWithLMHeadModel",
+    "XLNetLMHeadModel",
+}
 
 
 def infer_task(model: nn.Module) -> Task:
     """Which loss a transformers model computes itself, read off its class and config.
+
+    A decoder whose labels are shifted before it gets them (BART's, XLNet's, ...) is `"masked"`: position t, label t.
 
     Raises:
         ValueError: If that isn't clear (a module of one's own, several labels an example, ...).
@@ -55,9 +76,13 @@ def infer_task(model: nn.Module) -> Task:
     names = {cls.__name__ for cls in type(model).__mro__}
     config: Any = getattr(model, "config", None)
     found: set[Task] = {task for task, heads in _HEADS if any(names & class_names(head) for head in heads)}
-    if found & _LANGUAGE_MODELS:  # BART's one class stands in several lists
-        seq2seq = bool(getattr(config, "is_encoder_decoder", False))
-        found = {"seq2seq"} if seq2seq else found - {"seq2seq"}
+    if found & _LANGUAGE_MODELS:  # BART's one class stands in several lists, an audio model's only under seq2seq
+        if getattr(config, "is_encoder_decoder", False):
+            found = {"seq2seq"}
+        elif names & _UNSHIFTED:
+            found = {"masked"}
+        else:
+            found = found - {"seq2seq"} or {"causal"}
     if len(found) == 1:
         task = found.pop()
         if task != "classification":
@@ -92,7 +117,8 @@ class Scorer:
 
     Attributes:
         quantities: Any of `QUANTITIES`.
-        task: As in `per_example_loss`; None reads it off the model (`infer_task`).
+        task: As in `per_example_loss`; None reads it off the model (`infer_task`), and compares the mean of the first
+            batch's losses with the model's own.
         granularity: `"example"`, or `"token"` for the sequence tasks.
         label_smoothing: As in `per_example_loss`.
         mode: `"eval"`, or `"train"` for dropout and batch statistics as in a training step.
@@ -115,6 +141,7 @@ class Scorer:
     precision: Precision | None = None
     batch_size: int | None = None
     mc_samples: int = 10  # as in the RHO-LOSS paper's code, src/curricula/selection_methods.py
+    _checked: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.quantities, str) or not set(self.quantities) <= set(QUANTITIES):
@@ -146,8 +173,8 @@ class Scorer:
             token t + 1. `count` is [n] there too.
 
         Raises:
-            ValueError: No labels; a task that can't be inferred, or has no such quantity; dropout samples that are all
-                alike.
+            ValueError: No labels; a task that can't be inferred, or has no such quantity; a model whose own loss is
+                another one; rows that can't be told apart; dropout samples that are all alike.
         """
         model = unwrap_model(model)
         task = self.task or infer_task(model)
@@ -155,8 +182,14 @@ class Scorer:
             raise ValueError(f"the batch has no 'labels' to score, only {', '.join(batch)}")
         if task == "regression" and (wrong := set(self.quantities) - {"loss", "count", "grad_norm"}):
             raise ValueError(f"quantities={sorted(wrong)} have no meaning for task='regression', which has no classes")
-        rows, shift = _aligned(model, batch, task)
-        call = _Forward(model, task)
+        rows_of(batch)
+        rows, shift = aligned(model, batch, task)
+        call = Forward(model, task)
+        if self.task is None and model not in self._checked:
+            if self.label_smoothing:
+                _check_smoothing(model, task, self.label_smoothing)
+            check_own_loss(call, rows, self.batch_size)
+            self._checked.add(model)
         results: dict[str, torch.Tensor] = {}
         once = [name for name in self.quantities if name in _ONE_PASS]
         sampled = [name for name in self.quantities if name in _SAMPLED]
@@ -179,11 +212,11 @@ class Scorer:
             return nullcontext()
         return torch.autocast(device.type, _AUTOCAST[self.precision])
 
-    def _measured(self, call: "_Forward", chunk: Mapping[str, Any], names: list[str]) -> dict[str, torch.Tensor]:
+    def _measured(self, call: Forward, chunk: Mapping[str, Any], names: list[str]) -> dict[str, torch.Tensor]:
         logits, labels = call(chunk)
         return measure(logits, labels, call.task, names, self.granularity, self.label_smoothing)
 
-    def _sampled(self, call: "_Forward", chunk: Mapping[str, Any], names: list[str]) -> dict[str, torch.Tensor]:
+    def _sampled(self, call: Forward, chunk: Mapping[str, Any], names: list[str]) -> dict[str, torch.Tensor]:
         """Mean entropy and mutual information over samples, and how far [n] the samples are apart."""
         first, labels = call(chunk)
         check_inputs(first, labels, call.task, self.granularity)
@@ -232,6 +265,17 @@ class Scorer:
                     0, order.to(results[name].device), results[name]
                 )
         return results
+
+
+def _check_smoothing(model: nn.Module, task: Task, label_smoothing: float) -> None:
+    """Refuses classes of which transformers' Trainer moves the labels otherwise when it smooths them."""
+    name = type(base_model(model)).__name__
+    moves = name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if moves != (task == "causal"):
+        raise ValueError(
+            f"label_smoothing={label_smoothing}: transformers' Trainer then {'moves' if moves else 'leaves'} the "
+            f"labels of a {name}, whose own loss {'leaves' if moves else 'moves'} them. Set label_smoothing_factor=0"
+        )
 
 
 def measure(
@@ -304,53 +348,6 @@ def _summarised(values: dict[str, torch.Tensor], mask: torch.Tensor, granularity
         return {**values, "mask": mask}
     count = mask.reshape(len(mask), -1).sum(-1).clamp(min=1)
     return {name: value.reshape(len(mask), -1).sum(-1) / count for name, value in values.items()}
-
-
-class _Forward:
-    """Gets logits out of a model, without its own loss being computed where that can be had.
-
-    Args:
-        model: The unwrapped model.
-        task: Its task.
-    """
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        self.model, self.base = model, base_model(model)
-        self.task: Task = task
-        self.parameters = inspect.signature(type(self.base).forward).parameters
-        parameter = next(model.parameters(), None)
-        self.device = torch.device("cpu") if parameter is None else parameter.device
-
-    def __call__(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of a batch, which is taken to the model's device."""
-        inputs = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        labels = inputs.pop("labels")
-        if "use_cache" in self.parameters:
-            inputs["use_cache"] = False
-        with_labels = "labels" in self.parameters and self.parameters["labels"].default is inspect.Parameter.empty
-        if self.task == "seq2seq" and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
-            # The hook that transformers' own DataCollatorForSeq2Seq looks for; models without it shift the labels in
-            # their forward alone.
-            shift_right = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
-            with_labels = with_labels or shift_right is None
-            if shift_right is not None:
-                inputs["decoder_input_ids"] = shift_right(labels=labels)
-        outputs = self.model(**inputs, **({"labels": labels} if with_labels else {}))
-        if isinstance(outputs, Mapping):
-            outputs = outputs["logits"]
-        elif isinstance(outputs, (tuple, list)):
-            outputs = outputs[1 if with_labels else 0]
-        return outputs, labels
-
-
-def _aligned(model: nn.Module, batch: Mapping[str, Any], task: Task) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """`align_left`, but for what must stay: the decoder's side, and the last column where it is pooled (XLNet)."""
-    config = getattr(base_model(model), "config", None)
-    if task in ("classification", "regression") and getattr(config, "summary_type", None) == "last":
-        return dict(batch), None
-    apart = {k: v for k, v in batch.items() if task == "seq2seq" and (k == "labels" or k.startswith("decoder_"))}
-    aligned, shift = align_left({k: v for k, v in batch.items() if k not in apart})
-    return {**aligned, **apart}, None if apart else shift
 
 
 def _by_length(batch: Mapping[str, Any]) -> torch.Tensor | None:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 from hf_efx.core.scoring.batches import (
     align_left,
     batch_size,
+    check_rows,
     concatenate_rows,
     sequence_names,
     take_rows,
@@ -34,6 +36,19 @@ def test_batch_size_is_the_shared_first_dimension():
         batch_size({"pixel_values": torch.zeros(7, 4), "labels": torch.zeros(3)})
     with pytest.raises(ValueError, match="no rows"):
         batch_size({"text": ["a"]})
+
+
+def test_rows_of_several_examples_are_refused():
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    flat = transformers.DataCollatorWithFlattening()(rows)
+    with pytest.raises(ValueError, match="several examples each, as position_ids say.*DataCollatorWithPadding"):
+        batch_size(flat)
+    with pytest.raises(ValueError, match="made 1 rows of 2 examples"):
+        check_rows({name: value for name, value in flat.items() if name != "position_ids"}, 2)
+    # Positions of padding don't count, and repeated ones are no restart.
+    left = _left() | {"position_ids": torch.tensor([[1, 1, 0, 1, 2], [1, 1, 1, 1, 0]])}
+    assert batch_size(left) == 2 and batch_size({"position_ids": torch.tensor([[0, 1, 1, 2]])}) == 1
+    check_rows(left, 2)
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([2, 0, 0]), slice(1, 3)], ids=["indices", "slice"])
