@@ -90,7 +90,8 @@ def check_own_loss(call: Forward, batch: Mapping[str, Any], most: int | None = N
         f"name task={call.task!r} (scoring_task in RHOLossArguments) to score the plain loss all the same, or take a "
         f"function of your own where one is taken"
     )
-    if "labels" not in call.parameters:
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in call.parameters.values())
+    if "labels" not in call.parameters and not takes_any:
         raise ValueError(f"{name} takes no 'labels', so that the loss it is trained by isn't known: {way_out}")
     labelled = aligned_labels(batch["labels"], call.task) != IGNORE_INDEX
     rows = labelled.reshape(len(labelled), -1).any(1).nonzero()[: min(most or _CHECKED_ROWS, _CHECKED_ROWS), 0]

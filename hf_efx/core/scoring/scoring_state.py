@@ -1,5 +1,6 @@
 """Looking at a model in the middle of its training, without a trace in it or in the random state."""
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,37 +22,54 @@ def base_model(model: nn.Module) -> Any:
 
 
 @contextmanager
-def scoring_state(model: nn.Module, mode: Literal["eval", "train", "dropout"] = "eval") -> Iterator[None]:
-    """Puts a model into a mode for looking at it, and everything back afterwards, after an exception too.
+def untouched(model: nn.Module, copy_buffers: bool = True) -> Iterator[None]:
+    """Puts back what passes through a model move, after an exception too.
 
-    Inside there are no gradients, no gradient checkpointing and no draws of methods of ours (`StepContext`). Put back
-    are every module's own training flag, buffers (running statistics, as the very tensors they were), and the random
-    states of torch on the CPU and the model's devices, of numpy and of Python. In `"eval"` no buffer is copied: one
-    that a layer there changes in place stays changed.
+    That is every module's own training flag, buffers (running statistics, as the very tensors they were), and the
+    random states of torch on the CPU and the model's devices, of numpy and of Python. Weights and gradients aren't.
+
+    Args:
+        model: An unwrapped model; see `unwrap_model`.
+        copy_buffers: Whether to work on copies of the buffers. Without, one that is changed in place stays changed.
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    with _random_state(model), _kept_buffers(modules, copy_buffers):
+        try:
+            yield
+        finally:
+            for module, flag in zip(modules, training, strict=True):
+                module.training = flag
+
+
+@contextmanager
+def scoring_state(
+    model: nn.Module, mode: Literal["eval", "train", "dropout"] = "eval", *, copy_buffers: bool | None = None
+) -> Iterator[None]:
+    """Puts a model into a mode for looking at it, and everything back afterwards: see `untouched`.
+
+    Inside there are no gradients, no gradient checkpointing and no draws of methods of ours (`StepContext`).
 
     Args:
         model: An unwrapped model; see `unwrap_model`.
         mode: `"eval"`; `"train"`, with dropout and batch statistics; or `"dropout"`, training but for layers with
             running statistics, which keep to them (LayerDrop, where a model has it, is on in both).
+        copy_buffers: As in `untouched`; None copies them in all modes but `"eval"`, where layers leave them alone.
     """
     modules = list(model.modules())
-    training = [module.training for module in modules]
     checkpointing = [module for module in modules if vars(module).get("gradient_checkpointing")]
     contexts = {id(value): value for m in modules for value in vars(m).values() if isinstance(value, StepContext)}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # inference_mode would leave tensors behind that training can't use
-        stack.enter_context(_random_state(model))
         for context in contexts.values():
             stack.enter_context(context.disabled())
-        stack.enter_context(_kept_buffers(modules, copied=mode != "eval"))
+        stack.enter_context(untouched(model, mode != "eval" if copy_buffers is None else copy_buffers))
         try:
             _set_mode(model, modules, mode)
             for module in checkpointing:
                 setattr(module, "gradient_checkpointing", False)  # noqa: B010
             yield
         finally:
-            for module, flag in zip(modules, training, strict=True):
-                module.training = flag
             for module in checkpointing:
                 setattr(module, "gradient_checkpointing", True)  # noqa: B010
             # In torch before pull request 165068 (December 2025), casts that autocast cached without gradients would
@@ -97,21 +115,19 @@ def _kept_buffers(modules: list[nn.Module], copied: bool) -> Iterator[None]:
     longest row notes its length): its numbers and tensors are put back too.
     """
     owners = [module for module in modules if module._buffers]
-    kept = [(module, dict(module._buffers), _numbers(module)) for module in owners]
-    lent = [dict(buffers) for _, buffers, _ in kept]
-    if copied:
-        copies = {id(b): b.clone() for buffers in lent for b in buffers.values() if b is not None}
-        lent = [{name: None if b is None else copies[id(b)] for name, b in buffers.items()} for buffers in lent]
+    numbers = [_numbers(module) for module in owners]
+    kept = [dict(module._buffers) for module in owners]
+    lent = copy.deepcopy(kept) if copied else kept  # all at once: what is shared stays shared
     try:
         for module, buffers in zip(owners, lent, strict=True):
             module._buffers.update(buffers)
         yield
     finally:
-        for (module, buffers, numbers), given in zip(kept, lent, strict=True):
+        for module, buffers, given, books in zip(owners, kept, lent, numbers, strict=True):
             if any(module._buffers.get(name) is not buffer for name, buffer in given.items()):
-                for name in _numbers(module).keys() - numbers.keys():
+                for name in _numbers(module).keys() - books.keys():
                     delattr(module, name)
-                vars(module).update(numbers)
+                vars(module).update(books)
             module._buffers.clear()
             module._buffers.update(buffers)
 

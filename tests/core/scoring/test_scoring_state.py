@@ -12,7 +12,7 @@ from scoring_cases import CASES
 from torch import nn
 
 from hf_efx.core.scoring.scorer import Scorer
-from hf_efx.core.scoring.scoring_state import scoring_state, unwrap_model
+from hf_efx.core.scoring.scoring_state import scoring_state, untouched, unwrap_model
 from hf_efx.core.training.step_context import StepContext
 
 
@@ -198,3 +198,25 @@ def test_scoring_state_can_be_used_alone():
     with scoring_state(model):
         assert not model.dropout.training and not torch.is_grad_enabled()
     assert model.dropout.training and torch.is_grad_enabled()
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.ones(2))
+        self.inner = nn.Module()
+        self.inner.register_buffer("table", self.table)
+
+
+def test_untouched_leaves_gradients_on_and_shared_buffers_shared():
+    model = Shared().eval()
+    table, state = model.table, torch.get_rng_state()
+    with untouched(model):
+        model.train()
+        model.table += torch.rand(2)
+        assert model.inner.table is model.table and model.table is not table and torch.is_grad_enabled()
+    assert model.table is table and model.inner.table is table and table.tolist() == [1, 1]
+    assert not model.training and torch.equal(torch.get_rng_state(), state)
+    with scoring_state(model, copy_buffers=True):
+        model.table += 1
+    assert table.tolist() == [1, 1]

@@ -39,8 +39,11 @@ _TOKENS = {"pad_token_id": PAD, "eos_token_id": END, "bos_token_id": 0}
 
 # What the sizes alone don't make consistent.
 _MORE: dict[str, dict[str, Any]] = {
-    "bert": {"type_vocab_size": 2},
     "gptj": {"rotary_dim": 8},
+    "codegen": {"n_head": 4, "rotary_dim": 4},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "layoutlmv3": {"coordinate_size": 2, "shape_size": 4},
+    "lilt": {"hidden_size": 24},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "xmod": {"default_language": "en_XX"},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
