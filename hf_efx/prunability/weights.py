@@ -5,20 +5,20 @@ what is zeroed is kept aside while it is zeroed, in the host's memory.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from hf_efx.core.model.masks import candidate_count
+from hf_efx.core.model.masks import candidate_count, smallest_together
+from hf_efx.core.model.pruned import Zeros, zeroed
 
 Criterion = Literal["magnitude", "random"]
 Scope = Literal["global", "layer"]
 
 PIECE = 1 << 22  # numbers looked at in one go: bounds what is needed beside the weights
-_DIGIT_BITS = 16  # of a rank's search: two rounds for float32, four for float64
 
 
 def prunable_weights(model: nn.Module, embeddings: bool = False) -> dict[str, nn.Parameter]:
@@ -85,7 +85,6 @@ class WeightOrder:
     criterion: Criterion = "magnitude"
     scope: Scope = "global"
     seed: int = 0
-    _first_digits: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, allowed in (("criterion", get_args(Criterion)), ("scope", get_args(Scope))):
@@ -102,18 +101,12 @@ class WeightOrder:
 
     def kept(self, fraction: float) -> dict[str, int]:
         """How many weights of each tensor stay at a fraction kept; all of them in all tensors for 1."""
-        shares = {}
-        for names, threshold, ties in self._cuts(fraction):
-            for name in names:
-                pruned = 0
-                for _, scores in self._scores(name):
-                    equal = min(int((scores == threshold).sum()), ties)
-                    pruned, ties = pruned + int((scores < threshold).sum()) + equal, ties - equal
-                shares[name] = self.weights[name].numel() - pruned
-        return shares
+        counts = {name: weight.numel() for name, weight in self.weights.items()}
+        for name, (_, mask) in self._zeros(fraction):
+            counts[name] -= int(mask.sum())
+        return counts
 
-    @contextmanager
-    def pruned(self, fraction: float) -> Iterator[None]:
+    def pruned(self, fraction: float) -> AbstractContextManager[None]:
         """Zeroes all but a fraction of the weights inside, and puts back what was there, bit for bit.
 
         floor(fraction * count) weights are kept, of each tensor where the scope is `"layer"`, without rescaling.
@@ -123,101 +116,33 @@ class WeightOrder:
         Args:
             fraction: From 0 to 1.
         """
-        aside: list[tuple[torch.Tensor, torch.Tensor]] = []
-        cuts = self._cuts(fraction)
-        try:
-            for names, threshold, ties in cuts:
-                for name in names:
-                    for piece, scores in self._scores(name):
-                        mask = (scores < threshold).contiguous()
-                        if ties:
-                            equal = (scores == threshold).reshape(-1).nonzero()[:ties, 0]
-                            mask.view(-1)[equal] = True
-                            ties -= len(equal)
-                        zeros = piece == 0  # restoring finds its places by the zeros, which these join
-                        aside.append((piece, piece[mask | zeros].cpu()))
-                        piece.masked_fill_(mask, 0)
-            yield
-        finally:
-            _put_back(aside)
+        return zeroed(zeros for _, zeros in self._zeros(fraction))
 
-    def _cuts(self, fraction: float) -> list[tuple[tuple[str, ...], float, int]]:
-        """For each group of tensors that is ranked together: what lies below the threshold goes, and so many ties."""
+    def _zeros(self, fraction: float) -> Iterator[tuple[str, Zeros]]:
+        """Pieces of the tensors, by the tensor's name, each with the mask of what goes."""
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction={fraction}: expected a share from 0 to 1")
-        groups = [tuple(self.weights)] if self.scope == "global" else [(name,) for name in self.weights]
-        cuts = []
+        groups = [list(self.weights)] if self.scope == "global" else [[name] for name in self.weights]
         for names in groups:
             count = sum(self.weights[name].numel() for name in names)
-            pruned = count - candidate_count(fraction, count)
-            cuts.append((names, *(self._threshold(names, pruned) if pruned else (0.0, 0))))
-        return cuts
+            masks = smallest_together(lambda names=names: self._scores(names), count - candidate_count(fraction, count))
+            pieces = ((name, piece) for name in names for piece in _pieces(self.weights[name].data))
+            for (name, piece), mask in zip(pieces, masks, strict=True):
+                yield name, (piece, mask)
 
-    def _threshold(self, names: tuple[str, ...], rank: int) -> tuple[float, int]:
-        """The score of a rank (1 is the smallest), and how many of those equal to it are among the `rank` smallest.
-
-        Scores aren't negative, so that their bits as an integer are in their order: the rank is found digit by digit,
-        16 bits each, by counting.
-        """
-        kind, digits = (torch.int64, 4) if self._dtype == torch.float64 else (torch.int32, 2)
-        prefix = 0
-        for digit in range(digits):
-            shift = _DIGIT_BITS * (digits - 1 - digit)
-            if digit or names not in self._first_digits:
-                counts = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64)
-                for name in names:
-                    for _, scores in self._scores(name):
-                        bits = scores.contiguous().view(kind).reshape(-1) >> shift
-                        if digit:
-                            bits = bits[(bits >> _DIGIT_BITS) == prefix]
-                        bits = bits & ((1 << _DIGIT_BITS) - 1)
-                        counts += torch.bincount(bits, minlength=len(counts)).cpu()
-                if not digit:
-                    self._first_digits[names] = counts
-            else:
-                counts = self._first_digits[names]
-            below = counts.cumsum(0)
-            found = int(torch.searchsorted(below, rank))
-            rank -= int(below[found - 1]) if found else 0
-            prefix = (prefix << _DIGIT_BITS) | found
-        return float(torch.tensor(prefix, dtype=kind).view(self._dtype)), rank
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of all scores, so that one threshold is exact for tensors of several types."""
-        wide = any(weight.dtype == torch.float64 for weight in self.weights.values())
-        return torch.float64 if wide else torch.float32
-
-    def _scores(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pieces of a tensor, to be written to, and their scores."""
-        generator = None
-        if self.criterion == "random":
+    def _scores(self, names: list[str]) -> Iterator[torch.Tensor]:
+        """Of the tensors' pieces, in their order."""
+        for name in names:
+            pieces = _pieces(self.weights[name].data)
+            if self.criterion == "magnitude":
+                yield from (piece.abs() for piece in pieces)
+                continue
             place = list(self.weights).index(name)
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + place) % 2**63)
-        for piece in _pieces(self.weights[name].data):
-            if generator is None:
-                yield piece, piece.abs().to(self._dtype)
-            else:
-                yield piece, torch.rand(piece.shape, generator=generator, dtype=self._dtype).to(piece.device)
+            yield from (torch.rand(piece.shape, generator=generator).to(piece.device) for piece in pieces)
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Views of some rows each, in any memory format."""
     rows = max(PIECE // max(tensor[0].numel(), 1), 1)
     return iter(tensor.split(rows))
-
-
-def _put_back(aside: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Writes values into the places of zeros; an interrupt waits until all is done."""
-    interrupt = None
-    while aside:
-        try:
-            piece, values = aside[-1]
-            zeros = piece == 0
-            if int(zeros.sum()) == len(values):  # else it was interrupted before its zeros were written
-                piece.masked_scatter_(zeros, values.to(piece.device))
-            aside.pop()
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt

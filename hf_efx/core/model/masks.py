@@ -6,7 +6,7 @@ magnitudes tie, those in front go first, so that the same model gives the same m
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -107,59 +107,62 @@ def weak_weights(modules: Mapping[str, nn.Module], fraction: float, scope: str =
 
 
 def _weakest_together(modules: Mapping[str, nn.Module], fraction: float) -> dict[str, torch.Tensor]:
-    """The weakest of all weights of these modules, by a threshold that two or four histograms find, without a copy of
-    them all."""
+    """The weakest of all weights of these modules, without a copy of them all."""
     views = {name: WeightView(module) for name, module in modules.items()}
     for name, view in views.items():
         if view.weight.isnan().any():
             raise ValueError(f"{name}.weight: There are NaN magnitudes, which have no order.")
     count = candidate_count(fraction, sum(view.weight.numel() for view in views.values()))
-    wide = any(view.weight.dtype == torch.float64 for view in views.values())
-    threshold, left = _threshold([view.matrix() for view in views.values()], count, wide) if count else (-1, 0)
-    result = {}
-    for name, view in views.items():
-        bits = _bits(view.matrix(), wide)
-        mask, equal = bits < threshold, bits == threshold
-        taken = min(left, int(equal.sum()))
-        mask |= _first(equal, taken)
-        left -= taken
-        result[name] = in_weight_shape(mask.t(), view.module)
-    return result
+    masks = smallest_together(lambda: (view.matrix().abs() for view in views.values()), count)
+    return {name: in_weight_shape(mask.t(), view.module) for (name, view), mask in zip(views.items(), masks, strict=True)}
 
 
-def _first(mask: torch.Tensor, number: int) -> torch.Tensor:
-    """The mask with its first `number` True entries alone, in row-major order."""
-    if int(mask.sum()) <= number:
-        return mask
-    flat = mask.reshape(-1)
-    return (flat & (flat.cumsum(0) <= number)).view_as(mask)
+def smallest_together(scores: Callable[[], Iterable[torch.Tensor]], count: int) -> Iterator[torch.Tensor]:
+    """The `count` smallest of all scores together, exactly, of equal ones those in front.
 
+    Nothing is sorted or copied as a whole: the score of that rank is found digit by digit, 16 bits each from the top,
+    by a histogram of the digit over the scores that agree so far.
 
-def _bits(values: torch.Tensor, wide: bool) -> torch.Tensor:
-    """Magnitudes as integers of the same order: IEEE numbers without a sign sort as their bits."""
-    magnitudes = values.abs().to(torch.float64 if wide else torch.float32)
-    return magnitudes.view(torch.int64 if wide else torch.int32)
+    Args:
+        scores: Gives all scores piece by piece, the same whenever it is called (three or five times): finite, not
+            negative, pieces of any shape and floating-point types.
+        count: How many, from 0 to all of them.
 
-
-def _threshold(matrices: list[torch.Tensor], count: int, wide: bool) -> tuple[int, int]:
-    """The `count`-th smallest magnitude of all, as `_bits`, and how many of those equal to it are among the `count`.
-
-    Digit by digit of 16 bits, from the top: a histogram of the digit over the entries that agree so far.
+    Yields:
+        A boolean tensor for each piece, in its shape.
     """
-    prefix, left = 0, count
+    wide = any(piece.dtype == torch.float64 for piece in scores())
+    threshold, ties = _rank(scores, count, wide) if count else (-1, 0)
+    for piece in scores():
+        bits = _bits(piece, wide)
+        mask = bits < threshold
+        if ties:
+            equal = (bits == threshold).reshape(-1).nonzero()[:ties, 0]
+            mask = mask.contiguous()
+            mask.view(-1)[equal] = True
+            ties -= len(equal)
+        yield mask
+
+
+def _rank(scores: Callable[[], Iterable[torch.Tensor]], rank: int, wide: bool) -> tuple[int, int]:
+    """The score of a rank (1 is the smallest) as `_bits`, and how many of those equal to it are among the smallest."""
+    prefix = 0
     for shift in range((64 if wide else 32) - _DIGIT, -1, -_DIGIT):
         histogram = torch.zeros(2**_DIGIT, dtype=torch.int64)
-        for matrix in matrices:
-            bits = _bits(matrix, wide)
-            if prefix or shift < (64 if wide else 32) - _DIGIT:
-                bits = bits[bits >> (shift + _DIGIT) == prefix]
-            digits = (bits >> shift & (2**_DIGIT - 1)).reshape(-1)
-            histogram += torch.bincount(digits, minlength=2**_DIGIT).cpu()
-        cumulative = histogram.cumsum(0)
-        digit = int(torch.searchsorted(cumulative, left))
-        left -= int(cumulative[digit] - histogram[digit])
+        for piece in scores():
+            bits = _bits(piece, wide).reshape(-1) >> shift
+            bits = bits[bits >> _DIGIT == prefix]
+            histogram += torch.bincount(bits & (2**_DIGIT - 1), minlength=2**_DIGIT).cpu()
+        below = histogram.cumsum(0)
+        digit = int(torch.searchsorted(below, rank))
+        rank -= int(below[digit] - histogram[digit])
         prefix = prefix << _DIGIT | digit
-    return prefix, left
+    return prefix, rank
+
+
+def _bits(scores: torch.Tensor, wide: bool) -> torch.Tensor:
+    """Scores as integers of the same order: IEEE numbers without a sign sort as their bits."""
+    return scores.to(torch.float64 if wide else torch.float32).contiguous().view(torch.int64 if wide else torch.int32)
 
 
 @dataclass(frozen=True)

@@ -114,19 +114,32 @@ def empty_outputs(module: nn.Module) -> torch.Tensor:
 def zeroed(zeros: Iterable[Zeros]) -> Iterator[None]:
     """Sets entries to zero inside, and puts their bits back at the end, after an exception or Ctrl-C too.
 
-    Of each tensor the mask is kept (a byte an entry) and the values that are zeroed; the others stay where they are.
+    Of each tensor the mask is kept (a byte an entry) and, in the host's memory, the values that are zeroed.
     """
     saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     try:
         with torch.no_grad():
             for tensor, mask in zeros:
-                saved.append((tensor, mask, tensor.masked_select(mask)))  # before the entries go
+                saved.append((tensor, mask, tensor.masked_select(mask).cpu()))  # before the entries go
                 tensor.masked_fill_(mask, 0)
         yield
     finally:
-        with torch.no_grad():
-            for tensor, mask, values in reversed(saved):
-                tensor.masked_scatter_(mask, values)
+        _put_back(saved)
+
+
+@torch.no_grad()
+def _put_back(saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+    """Writes the values back, the last first; an interrupt waits until all is done."""
+    interrupt = None
+    while saved:
+        try:
+            tensor, mask, values = saved[-1]
+            tensor.masked_scatter_(mask, values.to(tensor.device))
+            saved.pop()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from tiny_models import HEADS, head_classes, tiny_batch, tiny_model
 
 from hf_efx.core.scoring.scorer import _UNSHIFTED, Scorer, infer_task
 
-# 45 of 490 that generic sizes don't make, by the reason.
+# 48 of 490 that generic sizes don't make, by the reason.
 UNBUILT = {
     "needs another package": "Gemma3nForConditionalGeneration LayoutLMv2ForTokenClassification "
     "LayoutLMv2ForSequenceClassification",
