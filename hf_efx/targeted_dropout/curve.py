@@ -64,7 +64,7 @@ def pruning_curve(
     plan = PruningPlan.of(model, granularity, scope, target_modules, exclude_modules, blocks, config)
     plan.changes(fractions[-1])  # what it raises costs no evaluation: smaller fractions empty no more
     points = []
-    with scoring_state(model):
+    with scoring_state(model, copy_buffers=True):
         for fraction in fractions:
             changes = plan.changes(fraction) if fraction else []
             with zeroed(zero for change in changes for zero in change.zeros):
