@@ -48,7 +48,9 @@ def draw_kept(
     assert shape is not None
     size = shape.numel()
     threshold = math.floor(256 * rate)
-    threshold += int(torch.rand((), generator=generator, device=device) < 256 * rate - threshold)
+    # On the CPU: a number that is read back from another device would make the program wait for it, layer by layer.
+    coin = generator if generator.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())
+    threshold += int(torch.rand((), generator=coin) < 256 * rate - threshold)
     # Eight bytes a number, sign included: several times cheaper than a float for each entry.
     words = torch.empty(-(-size // 8), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
     numbers = words.view(torch.uint8)[:size]
