@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +51,8 @@ class StepContext:
     Attributes:
         max_steps: Length of the run in optimizer steps, None where it isn't known.
         started: Whether a step ever began.
+        saved_at: The step before which the last checkpoint was taken: a resumed run begins there.
         listeners: Functions that are called when a step has begun.
-        stateful: By name what else a checkpoint keeps: objects with `state_dict()`, JSON values as they are before the
-            next step, and `load_state_dict(state)`, which is called when a run begins, with {} where nothing was kept.
     """
 
     def __init__(self, seed: int, rank: int = 0) -> None:
@@ -62,8 +60,8 @@ class StepContext:
         self.rank = rank
         self.max_steps: int | None = None
         self.started = False
+        self.saved_at: int | None = None
         self.listeners: list[Callable[[], None]] = []
-        self.stateful: dict[str, Any] = {}
         self.step = 0
         self.micro_step = 0
         self._in_step = False
@@ -119,13 +117,11 @@ class StepContext:
         seed = self.seed_for(name, shared=shared)
         return None if seed is None else torch.Generator(device).manual_seed(seed)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Seed, step and the state of `stateful`, as JSON values. Checkpoints are taken between steps: there is no
-        micro-step to keep."""
-        kept = {name: state for name, one in self.stateful.items() if (state := one.state_dict())}
-        return {"seed": self.seed, "step": self.step, **({"stateful": kept} if kept else {})}
+    def state_dict(self) -> dict[str, int]:
+        """Seed and step, as JSON values. Checkpoints are taken between steps: there is no micro-step to keep."""
+        return {"seed": self.seed, "step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Takes the checkpoint's seed and step over.
 
         A seed other than the one given is replaced, with a warning: the resumed run goes on as the first one would
@@ -139,13 +135,8 @@ class StepContext:
         if state["seed"] != self.seed:
             logger.warning("The checkpoint's draws have seed=%s, not %s: going on with it.", state["seed"], self.seed)
         self.seed, self.step = state["seed"], state["step"]
+        self.saved_at = self.step + 1
         self.micro_step, self._in_step = 0, False
-        self.begin_run(state.get("stateful"))
-
-    def begin_run(self, kept: dict[str, Any] | None = None) -> None:
-        """Gives `stateful` what a checkpoint kept of it, or nothing: what an earlier run left is forgotten."""
-        for name, one in self.stateful.items():
-            one.load_state_dict((kept or {}).get(name, {}))
 
 
 def step_context(model: nn.Module) -> StepContext | None:
@@ -197,9 +188,7 @@ class StepContextCallback(TrainerCallback):
         self.context.max_steps = state.max_steps
         self.context.end_step()
         saved = _stored(state).get(STATE_KEY)
-        if saved is None:
-            self.context.begin_run()
-        else:
+        if saved is not None:
             self.context.load_state_dict(saved)
 
     def on_step_begin(
@@ -219,32 +208,11 @@ class StepContextCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ends the step and writes the state down, whole where a checkpoint follows at once."""
+        """Ends the step and writes the state down for a checkpoint that may follow."""
         if self.context is None:
             return
         self.context.end_step()
-        if control.should_save:
-            self._write_down(state)
-        else:
-            _stored(state)[STATE_KEY] = {"seed": self.context.seed, "step": self.context.step}
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Writes the whole state down for a checkpoint that follows at once."""
-        if control.should_save:
-            self._write_down(state)
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Writes the whole state down for a checkpoint that may follow, of the best model."""
-        if control.should_save or args.save_strategy == SaveStrategy.BEST:
-            self._write_down(state)
-
-    def _write_down(self, state: TrainerState) -> None:
-        if self.context is not None and self.context.started:
-            _stored(state)[STATE_KEY] = self.context.state_dict()
+        _stored(state)[STATE_KEY] = self.context.state_dict()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the figures to a training log that doesn't have them yet: an EfxTrainer's has."""
@@ -255,6 +223,11 @@ class StepContextCallback(TrainerCallback):
         logs.update(missing)
         if state.log_history:
             state.log_history[-1].update(missing)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Notes where a resumed run would begin."""
+        if self.context is not None:
+            self.context.saved_at = state.global_step
 
 
 def _stored(state: TrainerState) -> dict[str, Any]:
