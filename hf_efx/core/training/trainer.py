@@ -17,7 +17,6 @@ import torch
 from huggingface_hub import EvalResult
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -29,6 +28,7 @@ from hf_efx.core.results.card import write_model_card
 from hf_efx.core.training.arguments import EfxArgumentsMixin
 from hf_efx.core.training.checkpoints import explain_incomplete, explained_write_errors, last_complete_checkpoint
 from hf_efx.core.training.step_context import StepContextCallback, step_context
+from hf_efx.core.training.weights import load_weights
 from hf_efx.registry import METHODS
 
 logger = logging.getLogger(__name__)
@@ -186,16 +186,18 @@ class EfxTrainerMixin(_Base):
         logger.info("Rebuilt the model with %s, as %s has it.", _methods(record), checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Loads a checkpoint's weights, those too that transformers saved under an older layout's names (ViT, DINOv2).
-
-        The Trainer by itself only warns of keys that it misses there, and trains on from random layers.
-        """
-        target: Any = self.model if model is None else model
-        whole = isinstance(target, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-        if not whole or revert_weight_conversion(target, target.state_dict()).keys() == target.state_dict().keys():
+        """Loads all of a checkpoint's weights, whatever layout they were saved under, or raises."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        loaded = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(loaded.state_dict())
+        target = self.model if model is None else model
+        load_weights(self.accelerator.unwrap_model(target, keep_torch_compile=False), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """The same of the best checkpoint, at the end."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        logger.info("Loading the best model, %s: %s.", self.state.best_model_checkpoint, self.state.best_metric)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _log_interruption(self) -> None:
         if not self.is_world_process_zero():

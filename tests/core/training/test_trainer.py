@@ -26,7 +26,7 @@ from transformers import (
 from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.core.training.trainer import EfxTrainer, EfxTrainerMixin
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def gpt2(seed=0):
