@@ -219,7 +219,7 @@ class TargetedDropoutConfig(EfxMethodConfig):
             for name, stacked in roles.items():
                 attach(name, dropping, Role(group.name, group.size, stacked))
         context.listeners.append(dropping.at_step_begin)
-        context.stateful[dropping.name] = dropping
+        context.stateful.append(dropping)
 
     def restore(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """The same as `apply`: there are no values to start."""
@@ -231,7 +231,7 @@ class TargetedDropoutConfig(EfxMethodConfig):
         context = step_context(model)
         if context is not None:
             context.listeners = [one for one in context.listeners if getattr(one, "__self__", None) not in gone]
-            context.stateful = {name: one for name, one in context.stateful.items() if one not in gone}
+            context.stateful = [one for one in context.stateful if one not in gone]
         if not any(hasattr(module, "efx_method") for module in model.modules()):
             detach_step_context(model)
 

@@ -5,14 +5,11 @@ rescaled. Plain autograd would keep the masked weight of every layer for the bac
 mask, a byte a weight, and masks the weight once more.
 """
 
-import base64
 import math
 import threading
-import zlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -57,19 +54,6 @@ def draw_kept(
     numbers = numbers.view(shape) if spared is None else numbers.as_strided(shape, spared.stride())
     kept = numbers >= threshold if threshold < 256 else torch.zeros_like(numbers, dtype=torch.bool)
     return kept if spared is None else kept.logical_or_(spared)
-
-
-def pack(mask: torch.Tensor) -> str:
-    """A boolean mask as text: its bits, compressed, which is short where few are set."""
-    bits = np.packbits(mask.cpu().numpy())
-    return base64.b64encode(zlib.compress(bits.tobytes())).decode()
-
-
-def unpack(text: str, like: torch.Tensor) -> torch.Tensor:
-    """The mask that `pack` wrote, in the shape and on the device of another."""
-    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
-    mask = np.unpackbits(bits, count=like.numel()).astype(bool)
-    return torch.from_numpy(mask).view(like.shape).to(like.device)
 
 
 @dataclass(frozen=True)

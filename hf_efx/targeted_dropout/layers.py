@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_efx.core.model.masks import UnitGroup, unit_columns, weak_units, weak_weights
 from hf_efx.core.model.swap import hook_kept, swap_class
 from hf_efx.core.training.step_context import StepContext
-from hf_efx.targeted_dropout.functional import Drop, Penalty, Product, draw_kept, dropped_product, pack, unpack
+from hf_efx.targeted_dropout.functional import Drop, Penalty, Product, draw_kept, dropped_product
 from hf_efx.targeted_dropout.schedule import ramp_factors
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ class Dropping:
         groups: The groups of units; empty where weights are dropped.
         members: The modules that drop, by name.
         spared: By module or group: True for weights or units that aren't candidates. Empty before the first step.
-        targeting: With which the candidates were found.
         penalties: Of this step, by module, where there is an L1 penalty.
     """
 
@@ -49,18 +48,11 @@ class Dropping:
     groups: list[UnitGroup]
     members: dict[str, nn.Module] = field(default_factory=dict)
     spared: dict[str, torch.Tensor] = field(default_factory=dict)
-    targeting: float = 0.0
     penalties: dict[str, Penalty] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._put_on = self.config.method_fields()
-        self._kept: dict[str, Any] = {}
-        self._checked = False
-
-    @property
-    def name(self) -> str:
-        """Under which a checkpoint keeps its state."""
-        return f"targeted_dropout/{next(iter(self.modules))}"
+        self._last_step: int | None = None
 
     def factors(self) -> tuple[float, float]:
         """Targeting and rate at this step."""
@@ -75,44 +67,31 @@ class Dropping:
             ValueError: At a run's first step, for what can't be trained; for NaN weights (the module is named).
         """
         config, step = self.config, self.context.step
-        if not self._checked:
+        if self._last_step is None or step != self._last_step + 1:  # a run begins: what an earlier one left is stale
             self._check()
-            self._checked = True
+            self.spared = {} if self._last_step is not None else self.spared
+        self._last_step = step
         self.penalties = {name: Penalty(config.l1) for name in self.modules} if config.l1 else {}
         targeting, _ = self.factors()
-        if config.selection == "random" or config.rate == 0:
-            return
-        if step % config.refresh_every == 0:
-            self.spared, self.targeting = self._strong(targeting), targeting
-        elif not self.spared:
-            self._find_again(targeting)
-        self._kept = {}
+        if config.selection != "random" and config.rate and (not self.spared or step % config.refresh_every == 0):
+            self.refresh(targeting)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs in order to have today's candidates, as JSON values.
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The candidates, for a checkpoint; none where the next step renews them."""
+        return {} if (self.context.step + 1) % self.config.refresh_every == 0 else self.spared
 
-        They are those of the weights some steps ago. The candidates of today's weights, found in the same way, are
-        nearly the same: which ones differ takes little room.
-        """
-        if not self.spared or (self.context.step + 1) % self.config.refresh_every == 0:
-            return {}
-        now = self._strong(self.targeting)
-        flips = {name: pack(mask ^ self.spared[name].to(mask.device)) for name, mask in now.items()}
-        return {"targeting": self.targeting, "flips": flips}
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes a checkpoint's candidates."""
+        self.spared, self._last_step = state, None
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begins a run: candidates of an earlier one are forgotten, those that a checkpoint had are found again."""
-        self.spared, self._kept, self._checked = {}, state, False
-
-    def _find_again(self, targeting: float) -> None:
-        """The candidates of a checkpoint between two renewals."""
-        if not self._kept and self.context.step:
-            logger.info("Targeted dropout: step %s has no candidates kept and finds them anew.", self.context.step)
-        self.targeting = self._kept.get("targeting", targeting)
-        self.spared = self._strong(self.targeting)
-        for name, flips in self._kept.get("flips", {}).items():
-            if name in self.spared:
-                self.spared[name] ^= unpack(flips, self.spared[name])
+    @torch.no_grad()
+    def refresh(self, targeting: float) -> None:
+        """Finds the candidates among today's weights."""
+        if self.groups:
+            weak = weak_units(self.modules, self.groups, targeting, self.config.scope)
+        else:
+            weak = weak_weights(self.modules, targeting, self.config.scope)
+        self.spared = {name: mask.logical_not_() for name, mask in weak.items()}
 
     def _check(self) -> None:
         now = self.config.method_fields()
@@ -134,15 +113,6 @@ class Dropping:
                     f"{name}.weight is sharded (FSDP, DeepSpeed ZeRO-3), so that its weakest entries can't be found: "
                     f"train targeted dropout with DDP."
                 )
-
-    @torch.no_grad()
-    def _strong(self, targeting: float) -> dict[str, torch.Tensor]:
-        """What isn't a candidate with today's weights."""
-        if self.groups:
-            weak = weak_units(self.modules, self.groups, targeting, self.config.scope)
-        else:
-            weak = weak_weights(self.modules, targeting, self.config.scope)
-        return {name: mask.logical_not_() for name, mask in weak.items()}
 
     def kept(self, name: str, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
         """What of a module's weights, or of a group's units, is kept here and now; None for all."""

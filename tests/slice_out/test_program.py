@@ -165,7 +165,7 @@ def test_a_run_resumed_ends_where_the_whole_one_does(text, tmp_path, monkeypatch
 def test_a_measurement_is_left_out_of_the_clock(monkeypatch):
     now = iter([0.0, 10.0, 30.0])
     monkeypatch.setattr("hf_efx.core.training.step_cost.time.perf_counter", lambda: next(now))
-    clock, nothing = TrainingClock(), type("S", (), {"log_history": [], "global_step": 0})
+    clock, nothing = TrainingClock(), type("S", (), {"log_history": [], "global_step": 0, "stateful_callbacks": {}})
     clock.on_train_begin(None, nothing, None)  # pyright: ignore[reportArgumentType]
     clock.on_step_end(None, nothing, None)  # pyright: ignore[reportArgumentType]
     clock.leave_out(15.0)

@@ -20,6 +20,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from hf_efx.core.training.step_context import STATE_FILE, STATE_KEY
+
 logger = logging.getLogger(__name__)
 
 # A model's or an adapter's weights, several adapters' in sub-folders; shards of FSDP and of DeepSpeed.
@@ -65,6 +67,9 @@ def explain_incomplete(folder: str | os.PathLike[str]) -> str | None:
             json.loads(file.read_bytes())
         except ValueError as error:
             return f"{file.name} is no whole JSON file ({error})"
+    callbacks = json.loads((path / TRAINER_STATE_NAME).read_bytes()).get("stateful_callbacks", {})
+    if callbacks.get(STATE_KEY, {}).get("file") and not (path / STATE_FILE).is_file():
+        return f"{STATE_FILE}, which {TRAINER_STATE_NAME} names, is missing"
     return _explain_weights(path) or _explain_zips(path)
 
 

@@ -7,19 +7,23 @@ scoring (before the step begins), evaluation and generation (after it ends) get 
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_efx.core.files import whole_file
 
 logger = logging.getLogger(__name__)
 
-# Under this key the state stands in a checkpoint's trainer_state.json, among the `stateful_callbacks`. It is no class
-# name: transformers would otherwise put a new callback, unconnected to the context, in ours' place
-# (`restore_callback_states_from_checkpoint`).
+STATE_FILE = "step_context.pt"  # beside it, where a method has tensors to keep
+# Under this key the state stands in a checkpoint's trainer_state.json: see `callback_states`.
 STATE_KEY = "hf_efx.step_context"
 _ATTRIBUTE = "_efx_step_context"  # in the __dict__ of the model that the context belongs to
 
@@ -38,6 +42,18 @@ def derive_seed(seed: int, step: int, micro_step: int, rank: int | None, name: s
     return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
 
 
+class StepState(Protocol):
+    """What a method knows that the step alone doesn't tell, for `StepContext.stateful`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that the next step needs, not copied: it is asked for at each step's end."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them back."""
+        ...
+
+
 class StepContext:
     """Where a run is, and the random numbers that belong there.
 
@@ -51,8 +67,8 @@ class StepContext:
     Attributes:
         max_steps: Length of the run in optimizer steps, None where it isn't known.
         started: Whether a step ever began.
-        saved_at: The step before which the last checkpoint was taken: a resumed run begins there.
         listeners: Functions that are called when a step has begun.
+        stateful: What of the methods isn't a function of the step, such as masks found some steps ago.
     """
 
     def __init__(self, seed: int, rank: int = 0) -> None:
@@ -60,8 +76,8 @@ class StepContext:
         self.rank = rank
         self.max_steps: int | None = None
         self.started = False
-        self.saved_at: int | None = None
         self.listeners: list[Callable[[], None]] = []
+        self.stateful: list[StepState] = []
         self.step = 0
         self.micro_step = 0
         self._in_step = False
@@ -117,11 +133,12 @@ class StepContext:
         seed = self.seed_for(name, shared=shared)
         return None if seed is None else torch.Generator(device).manual_seed(seed)
 
-    def state_dict(self) -> dict[str, int]:
-        """Seed and step, as JSON values. Checkpoints are taken between steps: there is no micro-step to keep."""
-        return {"seed": self.seed, "step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """Seed, step, and `file` where `save` writes one. Checkpoints are taken between steps: no micro-step to keep."""
+        file = {"file": True} if any(one.state_dict() for one in self.stateful) else {}
+        return {"seed": self.seed, "step": self.step, **file}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the checkpoint's seed and step over.
 
         A seed other than the one given is replaced, with a warning: the resumed run goes on as the first one would
@@ -135,8 +152,33 @@ class StepContext:
         if state["seed"] != self.seed:
             logger.warning("The checkpoint's draws have seed=%s, not %s: going on with it.", state["seed"], self.seed)
         self.seed, self.step = state["seed"], state["step"]
-        self.saved_at = self.step + 1
         self.micro_step, self._in_step = 0, False
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the state of `stateful` into a checkpoint, as `step_context.pt`; no file where there is none."""
+        states = [one.state_dict() for one in self.stateful]
+        if any(states):
+            with whole_file(Path(folder, STATE_FILE)) as temporary:
+                torch.save(states, temporary)
+        else:
+            Path(folder, STATE_FILE).unlink(missing_ok=True)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: If it isn't there, or is of other methods.
+        """
+        file = Path(folder, STATE_FILE)
+        states = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else []
+        if len(states) != len(self.stateful):
+            raise ValueError(
+                f"{file} has the state of {len(states)} methods, the model has {len(self.stateful)} with one: the run "
+                f"can't go on as it would have. Give train(resume_from_checkpoint=...) of an EfxTrainer the checkpoint "
+                f"as it was written, and the model that was saved there."
+            )
+        for one, state in zip(self.stateful, states, strict=True):
+            one.load_state_dict(state)
 
 
 def step_context(model: nn.Module) -> StepContext | None:
@@ -164,11 +206,17 @@ class StepContextCallback(TrainerCallback):
     Args:
         context: The context that the model's methods draw from. None for the model's own, with the run's seed: it is
             looked up when training begins, and where the model has none, the callback does nothing.
+
+    Attributes:
+        checkpoint: The checkpoint that is resumed from, where it isn't the one of that step in `output_dir`.
+        saves: Whether `on_save` adds to checkpoints. An `EfxTrainerMixin` sets both: it knows every folder.
     """
 
     def __init__(self, context: StepContext | None = None) -> None:
         self.context = context
-        self._own = context is None
+        self.checkpoint: str | None = None
+        self.saves = True
+        self._given = context
 
     def metrics(self) -> dict[str, float]:
         """Figures for the next training log, described in docs/metrics.md. An `EfxTrainerMixin` asks for them."""
@@ -177,19 +225,31 @@ class StepContextCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes this process' rank and the run's length, and on resuming the checkpoint's state."""
-        if self._own:
-            self.context = step_context(kwargs["model"])
-            if self.context is not None:
-                self.context.seed = args.seed
+        """Takes this process' rank and the run's length, and on resuming the checkpoint's state.
+
+        Raises:
+            ValueError: If the model's methods draw from another context than the one given, or the checkpoint lacks
+                what they need.
+        """
+        own = step_context(kwargs["model"])
+        if self._given is not None and own is not None and own is not self._given:
+            raise ValueError(
+                f"{type(self).__name__}(context) was given another model's StepContext: the methods on this one would "
+                f"never draw. Leave the argument out."
+            )
+        self.context = self._given or own
         if self.context is None:
             return
+        if self._given is None:
+            self.context.seed = args.seed
         self.context.rank = args.process_index
         self.context.max_steps = state.max_steps
         self.context.end_step()
-        saved = _stored(state).get(STATE_KEY)
+        saved = callback_states(state).get(STATE_KEY)
         if saved is not None:
             self.context.load_state_dict(saved)
+            if saved.get("file"):
+                self.context.load(self.checkpoint or _folder(args, state))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -212,7 +272,7 @@ class StepContextCallback(TrainerCallback):
         if self.context is None:
             return
         self.context.end_step()
-        _stored(state)[STATE_KEY] = self.context.state_dict()
+        callback_states(state)[STATE_KEY] = self.context.state_dict()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the figures to a training log that doesn't have them yet: an EfxTrainer's has."""
@@ -225,12 +285,26 @@ class StepContextCallback(TrainerCallback):
             state.log_history[-1].update(missing)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Notes where a resumed run would begin."""
-        if self.context is not None:
-            self.context.saved_at = state.global_step
+        """Adds to the checkpoint what trainer_state.json can't hold."""
+        folder = _folder(args, state)
+        if self.context is not None and self.saves and args.should_save and folder.is_dir():  # a search has others
+            self.context.save(folder)
 
 
-def _stored(state: TrainerState) -> dict[str, Any]:
-    """The dict that trainer_state.json keeps for callbacks (TrainerState annotates what it is made from, a list)."""
-    stored: Any = state.stateful_callbacks
-    return stored
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def callback_states(state: TrainerState) -> dict[str, Any]:
+    """What trainer_state.json keeps for callbacks, by a key of each one's own: JSON values.
+
+    It is empty when a run begins, and the checkpoint's when one is resumed. So a callback starts from it in
+    `on_train_begin`, keeps nothing else from an earlier run or a search's earlier trial, and writes its state there in
+    `on_step_end`, before a checkpoint may be taken:
+
+        self.seconds = callback_states(state).get("my_package.my_callback", 0.0)
+
+    The key is no class name: with `restore_callback_states_from_checkpoint` transformers would make a new callback.
+    """
+    states: Any = state.stateful_callbacks  # annotated as what it is made from, a list
+    return states

@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_efx.core.training.step_context import callback_states
+
+_CLOCK = "hf_efx.training_clock"
+
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors in an optimiser's state, on this process."""
@@ -18,12 +22,19 @@ class StepTimer(TrainerCallback):
     """Times each optimiser step, without loading data, logging, evaluating and saving.
 
     Attributes:
-        seconds: Of each step.
+        seconds: Of each step of the run in this process, resumed parts included.
     """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._start = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forgets an earlier run's steps."""
+        if state.global_step == 0:
+            self.seconds = []
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,8 +52,8 @@ class StepTimer(TrainerCallback):
 class TrainingClock(TrainerCallback):
     """Times training as a whole: loading, scoring and steps, without evaluating and saving.
 
-    Each evaluation's row in `state.log_history`, and with it `trainer_state.json`, gets `train_seconds`; a resumed run
-    counts on from there. Scoring of a selecting Trainer lies between two steps, where `StepTimer` doesn't look.
+    Each evaluation's row in `state.log_history` gets `train_seconds`; a resumed run counts on from its checkpoint.
+    Scoring of a selecting Trainer lies between two steps, where `StepTimer` doesn't look.
 
     Attributes:
         seconds: So far.
@@ -55,9 +66,8 @@ class TrainingClock(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the clock, where a resumed run's last evaluation left it."""
-        done = [row["train_seconds"] for row in state.log_history if "train_seconds" in row]
-        self.seconds, self._since = (done[-1] if done and state.global_step else 0.0), time.perf_counter()
+        """Starts the clock, on resuming where the checkpoint has it."""
+        self.seconds, self._since = callback_states(state).get(_CLOCK, 0.0), time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,6 +75,7 @@ class TrainingClock(TrainerCallback):
         """Counts what has passed since the last step's end, or since evaluating and saving after it."""
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
+        callback_states(state)[_CLOCK] = self.seconds
 
     def leave_out(self, seconds: float) -> None:
         """Doesn't count what another callback took for itself at a step's end."""

@@ -125,9 +125,13 @@ class EfxTrainerMixin(_Base):
                 "hf_efx.get_efx_model(model) first to go on with it, or hf_efx.unload(model) to silence this.",
                 ", ".join(resting),
             )
-        passed = any(isinstance(callback, StepContextCallback) for callback in self.callback_handler.callbacks)
-        if (present or self.model_init is not None) and not passed:
+        if (present or self.model_init is not None) and not self._step_context_callbacks():
             self.add_callback(StepContextCallback())
+        for callback in self._step_context_callbacks():
+            callback.checkpoint, callback.saves = self._resume_from, False
+
+    def _step_context_callbacks(self) -> list[StepContextCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StepContextCallback)]
 
     def _resume_point(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
         if resume is None or resume is False:
@@ -199,6 +203,13 @@ class EfxTrainerMixin(_Base):
         logger.info("Loading the best model, %s: %s.", self.state.best_model_checkpoint, self.state.best_metric)
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch, unless the run is finished: resumed, transformers' own Trainer would train one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _log_interruption(self) -> None:
         if not self.is_world_process_zero():
             return
@@ -216,6 +227,9 @@ class EfxTrainerMixin(_Base):
                 # A folder of an earlier run that is written over would look whole while new and old files are mixed.
                 folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")
                 (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                context = step_context(self.model)  # pyright: ignore[reportArgumentType]
+                if context is not None:
+                    context.save(folder)
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -250,9 +264,8 @@ class EfxTrainerMixin(_Base):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs figures as `Trainer.log` does, and in a training log (not an evaluation's) those of `add_metrics`."""
         if "loss" in logs or "train_loss" in logs:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, StepContextCallback):
-                    self.add_metrics(callback.metrics())
+            for callback in self._step_context_callbacks():
+                self.add_metrics(callback.metrics())
         if self._pending_metrics and ("loss" in logs or "train_loss" in logs):
             means = {name: sum(values) / len(values) for name, values in self._pending_metrics.items()}
             # In place, as the Trainer adds to its logs itself: the summary's dict goes on to the TrainOutput.
