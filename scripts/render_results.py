@@ -3,10 +3,11 @@
     python scripts/render_results.py            # writes what has drifted
     python scripts/render_results.py --check    # names what has drifted, and exits with 1
 
-From `scripts/reproduce/results/<method>.json` (studies) and `scripts/benchmarks/results/<method>.json` come
-`model_cards/<method>-study.md` and `-benchmark.md`, and the text between `<!-- begin generated: NAME -->` and
-`<!-- end generated -->`: `study` and `benchmark` in a method's page, `methods` in the README. `options` in a
-method's page comes from the fields of its config and arguments.
+From `scripts/reproduce/results/<method>.json` (studies), `scripts/benchmarks/results/<method>.json` and
+`scripts/benchmarks/results/gpu/<method>.json` come `model_cards/<method>-study.md`, `-benchmark.md`, `-gpu.md` and the
+text between `<!-- begin generated: NAME -->` and `<!-- end generated -->`: `study` and `benchmark` (the GPU's table
+below the CPU's) in a method's page, `methods` in the README. `options` in a method's page comes from the fields of its
+config and arguments.
 """
 
 import argparse
@@ -22,7 +23,11 @@ from hf_efx.core.results.evidence import NOT_SEPARATED, claims_table, read_resul
 from hf_efx.core.training.arguments import describe_options
 from hf_efx.registry import METHODS, Figure, Method
 
-KINDS = {"study": "scripts/reproduce/results", "benchmark": "scripts/benchmarks/results"}
+KINDS = {
+    "study": "scripts/reproduce/results",
+    "benchmark": "scripts/benchmarks/results",
+    "gpu": "scripts/benchmarks/results/gpu",  # scripts/benchmarks/on_gpu.sh
+}
 SECTION = re.compile(r"(<!-- begin generated: ([^>]*?) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 BEGIN = re.compile(r"<!-- begin generated: .*? -->")
 
@@ -71,6 +76,8 @@ def drift(root: Path, methods: Mapping[str, Method]) -> dict[Path, str | None]:
         page = root / "hf_efx" / name / "README.md"
         if page.exists():
             sections = {kind: _measured(results.get((name, kind)), name, kind) for kind in KINDS}
+            if (name, "gpu") in results:  # beside the CPU's table
+                sections["benchmark"] += f"\n\n{sections['gpu']}"
             wanted[page] = _filled(page, {**sections, "options": _options(METHODS[name].options)})
     return {path: text for path, text in wanted.items() if text != _text(path)}
 

@@ -78,6 +78,19 @@ def test_generated_sections(repository):
     assert _run(repository, "--check") == 0
 
 
+def test_a_gpu_s_table_stands_below_the_cpu_s(repository):
+    parts = {"command": "bash scripts/benchmarks/on_gpu.sh OUT", "data": {"name": "tokens", "fingerprint": "-"}}
+    parts |= {"seeds": [0], "claims": [], "title": "Steps on a GPU"}
+    for folder, value in (("", 5.0), ("gpu/", 0.25)):
+        rows = [{"configuration": "dense", "seed": 0, "milliseconds": value}]
+        write_results(repository / f"scripts/benchmarks/results/{folder}low_rank.json", rows=rows, **parts)
+    assert _run(repository) == 0
+    page = (repository / "hf_efx/low_rank/README.md").read_text()
+    assert page.index("| dense | 5 |") < page.index("low_rank-gpu.md") < page.index("| dense | 0.25 |")
+    assert "# Steps on a GPU" in (repository / "model_cards/low_rank-gpu.md").read_text()
+    assert _run(repository, "--check") == 0
+
+
 def test_check_names_what_drifted_and_writes_nothing(repository, capsys):
     _run(repository)
     page, card = repository / "hf_efx/low_rank/README.md", repository / "model_cards/low_rank-study.md"

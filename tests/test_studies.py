@@ -165,6 +165,34 @@ def test_torch_prune_scans_to_the_hand_worked_fraction():
     assert model.weight.tolist() == [[3.0, 1.0]]
 
 
+def test_the_gpu_benchmark_needs_no_datasets_and_writes_what_is_timed(tmp_path, run_python):
+    code = """
+        import sys
+        sys.modules["datasets"] = None  # to import it would fail
+        sys.path.insert(0, sys.argv[1])
+        import on_gpu
+        on_gpu.main([f"{sys.argv[2]}/whole", "--quick", "--no-compile"])
+        on_gpu.VARIANTS.clear()
+        on_gpu.MAIN = {"low_rank": on_gpu.MAIN["low_rank"]}
+        on_gpu.main([f"{sys.argv[2]}/compiled", "--quick"])
+        on_gpu.main([f"{sys.argv[2]}/late", "--quick", "--minutes", "0"])
+        """
+    shown = run_python(code, args=[SCRIPTS / "benchmarks", tmp_path])
+    whole = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "whole").iterdir()}
+    assert set(whole) == {"low_rank", "slice_out", "targeted_dropout", "rho_loss"}
+    for results in whole.values():
+        names = [row["configuration"] for row in results["rows"]]
+        assert len(names) == len(set(names)) and {name.partition(":")[0] for name in names} == {"GPT-2", "Llama"}
+        assert all(row["milliseconds"] > 0 and row["rounds"] == 2 for row in results["rows"])
+        assert results["notes"] == [] and "torch" in results["versions"]
+    rows = {row["configuration"]: row for row in whole["low_rank"]["rows"]}
+    assert rows["GPT-2: low rank 0.25"]["time_floor"] < rows["GPT-2: dense"]["time_floor"] == 1
+    compiled = json.loads((tmp_path / "compiled" / "low_rank.json").read_text())["rows"]
+    assert [row["configuration"].partition("compiled, ")[2] for row in compiled] == 2 * ["dense", "low rank 0.25"]
+    assert "Llama: compiled, Low rank: left out, no time was left." in shown
+    assert not list((tmp_path / "late").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "program",

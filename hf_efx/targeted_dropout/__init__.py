@@ -9,7 +9,8 @@ from hf_efx.core.results.curves import PruningCurve
 from hf_efx.targeted_dropout.callback import TargetedDropoutCallback
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
 from hf_efx.targeted_dropout.curve import PruningCurveCallback, pruning_curve
-from hf_efx.targeted_dropout.pruning import PruningReport, prune
+from hf_efx.targeted_dropout.plan import PruningReport
+from hf_efx.targeted_dropout.pruning import prune
 from hf_efx.targeted_dropout.shrink import shrink
 
 __all__ = [

@@ -7,7 +7,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_efx.core.model.adapter import get_efx_model
 from hf_efx.core.training.step_context import StepContextCallback
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
-from hf_efx.targeted_dropout.layers import Dropping, dropping_of
+from hf_efx.targeted_dropout.layers import Dropping, droppings_of
 
 
 class TargetedDropoutCallback(StepContextCallback):
@@ -18,6 +18,9 @@ class TargetedDropoutCallback(StepContextCallback):
     Args:
         config: Put on the model when training begins, where the model has none yet. None: the model has it.
 
+    Attributes:
+        droppings: What the model of the run at hand drops, config by config.
+
     Raises:
         ValueError: When training begins, if the model has no targeted dropout and no config was given, or another one
             than was given.
@@ -26,33 +29,39 @@ class TargetedDropoutCallback(StepContextCallback):
     def __init__(self, config: TargetedDropoutConfig | None = None) -> None:
         super().__init__()
         self.config = config
-        self.dropping: Dropping | None = None
+        self.droppings: list[Dropping] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Puts the config on where it isn't yet."""
         model = kwargs["model"]
-        self.dropping = dropping_of(model)
-        if self.dropping is None and self.config is not None:
+        self.droppings = droppings_of(model)
+        if not self.droppings and self.config is not None:
             get_efx_model(model, self.config)
-            self.dropping = dropping_of(model)
-        if self.dropping is None:
+            self.droppings = droppings_of(model)
+        if not self.droppings:
             raise ValueError(
                 "TargetedDropoutCallback: the model has no targeted dropout. Pass a TargetedDropoutConfig, or call "
                 "get_efx_model(model, TargetedDropoutConfig(...)) first."
             )
-        if self.config is not None and self.dropping.config.method_fields() != self.config.method_fields():
+        there = [dropping.config.method_fields() for dropping in self.droppings]
+        if self.config is not None and there != [self.config.method_fields()]:
             raise ValueError(
-                f"TargetedDropoutCallback: the model has {self.dropping.config.method_fields()}, the callback "
+                f"TargetedDropoutCallback: the model has {', '.join(map(str, there))}, the callback "
                 f"{self.config.method_fields()}. Leave the callback's config out, or call hf_efx.unload(model) first."
             )
         super().on_train_begin(args, state, control, **kwargs)
 
     def metrics(self) -> dict[str, float]:
-        """Targeting and rate of the last step, and the share of weights or units that a pass drops."""
-        if self.dropping is None:
-            return {}
-        targeting, rate = self.dropping.factors()
-        figures = {"targeting": targeting, "rate": rate, "dropped": self.dropping.dropped_share()}
-        return {f"targeted_dropout/{name}": value for name, value in figures.items()}
+        """Targeting and rate of the last step, and the share of weights or units that a pass drops.
+
+        Of several configs they are means by the weights of their modules.
+        """
+        total = sum(dropping.size() for dropping in self.droppings)
+        means = dict.fromkeys(("targeting", "rate", "dropped"), 0.0)
+        for dropping in self.droppings:
+            figures = (*dropping.factors(), dropping.dropped_share())
+            for name, value in zip(means, figures, strict=True):
+                means[name] += value * dropping.size() / total
+        return {f"targeted_dropout/{name}": value for name, value in means.items()} if total else {}

@@ -15,11 +15,12 @@ from hf_efx.core.model.targets import match_targets
 from hf_efx.core.model.weight_view import WeightView
 from hf_efx.core.training.step_context import attach_step_context, detach_step_context, step_context
 from hf_efx.targeted_dropout.layers import Dropping, Role, TargetedMember, attach, detach
-from hf_efx.targeted_dropout.pruning import GRANULARITIES, chosen_groups
 from hf_efx.targeted_dropout.schedule import RAMPS
+from hf_efx.targeted_dropout.units import chosen_groups, planned_groups
 
 logger = logging.getLogger(__name__)
 
+GRANULARITIES = ("weight", "unit")
 SELECTIONS = ("targeted", "random")
 
 
@@ -94,7 +95,7 @@ class TargetedDropoutConfig(EfxMethodConfig):
         default=0.0,
         metadata={
             "help": "For comparison or beside it: this times the sum of the layers' |weights| is added to the loss, "
-            "through its gradient, once a step. Weights alone; under fp16 with a gradient scaler it would be scaled."
+            "through its gradient, once a step. Weights alone; not under fp16, whose gradient scaler would scale it."
         },
     )
     blocks: list[Block] | None = field(
@@ -142,9 +143,10 @@ class TargetedDropoutConfig(EfxMethodConfig):
         """The layers, or all modules of the chosen groups of units, by name; see `EfxMethodConfig.match`."""
         if self.granularity == "weight":
             return match_targets(model, self)
-        return {name: model.get_submodule(name) for group in self._groups(model) for name in group.members}
+        return {name: model.get_submodule(name) for group in self.groups(model) for name in group.members}
 
-    def _groups(self, model: nn.Module) -> list[UnitGroup]:
+    def groups(self, model: nn.Module) -> list[UnitGroup]:
+        """The groups of units that the config chooses."""
         return chosen_groups(model, self, self.blocks)
 
     def plan(self, model: nn.Module, targets: dict[str, nn.Module], pretrained: bool) -> dict[str, dict[str, Any]]:
@@ -158,7 +160,7 @@ class TargetedDropoutConfig(EfxMethodConfig):
             sizes = {n: v.in_dim if self.scope == "column" else v.weight.numel() for n, v in views.items()}
             self._check_candidates(sizes, "weights of a column" if self.scope == "column" else "weights")
             return {name: {} for name in targets}
-        groups = self._groups(model)
+        groups = self.groups(model)
         self._check_candidates({group.name: group.size for group in groups}, "units")
         result: dict[str, dict[str, Any]] = {}
         for i, group in enumerate(groups):
@@ -205,17 +207,17 @@ class TargetedDropoutConfig(EfxMethodConfig):
         """Gives the planned modules the classes that drop; what is on already stays as it is."""
         if any(isinstance(model.get_submodule(name), TargetedMember) for name in plan):
             return
-        groups = _planned_groups(plan)
+        groups = planned_groups(plan)
         names = [name for group in groups for name in group.emits] if groups else plan
         context = attach_step_context(model)
-        dropping = Dropping(self, context, {name: model.get_submodule(name) for name in names}, groups)
+        dropping = Dropping(self, context, model, {name: model.get_submodule(name) for name in names}, groups)
         for name in () if groups else plan:
-            attach(model.get_submodule(name), dropping, Role(name))
+            attach(name, dropping, Role(name))
         for group in groups:
             # What nobody reads is dropped where readers read it; a layer of its own, where it is emitted.
             roles = dict.fromkeys(group.reads, 0) or group.emits
             for name, stacked in roles.items():
-                attach(model.get_submodule(name), dropping, Role(group.name, group.size, stacked))
+                attach(name, dropping, Role(group.name, group.size, stacked))
         context.listeners.append(dropping.at_step_begin)
         context.stateful.append(dropping)
 
@@ -232,34 +234,6 @@ class TargetedDropoutConfig(EfxMethodConfig):
             context.stateful = [one for one in context.stateful if one not in gone]
         if not any(hasattr(module, "efx_method") for module in model.modules()):
             detach_step_context(model)
-
-
-def _planned_groups(plan: dict[str, dict[str, Any]]) -> list[UnitGroup]:
-    """The groups that a plan of units describes, under the names of its modules.
-
-    Raises:
-        ValueError: If it says what this version doesn't know.
-    """
-    for name, spec in plan.items():
-        unknown = sorted(set(spec) - {"emits", "scales", "reads"}) if isinstance(spec, dict) else [spec]
-        if unknown:
-            raise ValueError(
-                f"config.efx says {spec!r} of module {name!r}, where {unknown[0]!r} is unknown. If a newer hf_efx "
-                f"wrote it, upgrade hf_efx."
-            )
-    groups = []
-    for first, spec in plan.items():
-        if "size" not in spec.get("emits", {}):
-            continue
-        units = spec["emits"]["units"]
-
-        def members(role: str, units: int = units) -> list[str]:
-            return [name for name, spec in plan.items() if spec.get(role, {}).get("units") == units]
-
-        emits = {name: plan[name]["emits"]["stacked"] for name in members("emits")}
-        size, kind = spec["emits"]["size"], spec["emits"]["kind"]
-        groups.append(UnitGroup(first, kind, size, emits, tuple(members("scales")), tuple(members("reads"))))
-    return groups
 
 
 def _is_number(value: Any) -> bool:

@@ -1,9 +1,8 @@
 """How a network stands pruning: a metric over the fraction pruned, at once or at each evaluation while training."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -11,7 +10,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_efx.core.model.block_map import Block
 from hf_efx.core.model.pruned import zeroed
 from hf_efx.core.results.curves import PruningCurve, as_figure, check_fractions
-from hf_efx.targeted_dropout.pruning import PruningPlan
+from hf_efx.core.scoring.scoring_state import scoring_state
+from hf_efx.targeted_dropout.config import TargetedDropoutConfig
+from hf_efx.targeted_dropout.plan import PruningPlan
+from hf_efx.targeted_dropout.pruning import Granularity, Scope
 
 logger = logging.getLogger(__name__)
 
@@ -27,57 +29,48 @@ def pruning_curve(
     evaluate: Evaluate,
     fractions: Iterable[float] = FRACTIONS,
     *,
-    granularity: Literal["weight", "unit"] = "weight",
-    scope: Literal["column", "layer", "global"] = "column",
+    granularity: Granularity | None = None,
+    scope: Scope | None = None,
     metric: str = "loss",
     higher_is_better: bool | None = None,
     target_modules: list[str] | str | None = None,
     exclude_modules: list[str] | str | None = None,
     blocks: Sequence[Block] | None = None,
+    config: TargetedDropoutConfig | None = None,
 ) -> PruningCurve:
     """Evaluates a model at several fractions pruned, each by `prune`'s masks, without fine-tuning.
 
-    The weights come back bit by bit, also after an exception or Ctrl-C, so do the modules' modes. Beside the masks (a
-    byte a weight) only the values that are zeroed are kept meanwhile.
+    The weights come back bit by bit, also after an exception or Ctrl-C, so do the modules' modes and the random state;
+    there are no gradients meanwhile. Beside the masks (a byte a weight) only the values that are zeroed are kept.
 
     Args:
         model: Any `torch.nn.Module`.
         evaluate: From the model, in evaluation mode, to the metric; or to figures by name, of which `metric` or
             `eval_<metric>` is taken: `lambda model: trainer.evaluate()` will do. Use the same data at every call.
         fractions: From 0, the whole model, to below 1; each costs an evaluation.
-        granularity: As in `prune`, like scope, target_modules, exclude_modules and blocks.
+        granularity: As in `prune`, like scope, target_modules, exclude_modules, blocks and config.
         scope: See `prune`.
         metric: Its name.
         higher_is_better: Whether more of it is better; None: not of losses, perplexities, bits per byte, errors.
         target_modules: See `prune`.
         exclude_modules: See `prune`.
         blocks: See `prune`.
+        config: See `prune`.
 
     Raises:
         ValueError: As in `prune`, before the first evaluation; or if the metric isn't among the figures.
     """
     fractions = check_fractions(fractions)
-    plan = PruningPlan.of(model, granularity, scope, target_modules, exclude_modules, blocks)
+    plan = PruningPlan.of(model, granularity, scope, target_modules, exclude_modules, blocks, config)
     plan.changes(fractions[-1])  # what it raises costs no evaluation: smaller fractions empty no more
     points = []
-    with _evaluation_mode(model):
+    with scoring_state(model, copy_buffers=True):
         for fraction in fractions:
             changes = plan.changes(fraction) if fraction else []
             with zeroed(zero for change in changes for zero in change.zeros):
                 points.append((fraction, as_figure(evaluate(model), metric)))
     better = not metric.endswith(_LOWER_IS_BETTER) if higher_is_better is None else higher_is_better
-    return PruningCurve(tuple(points), metric, better, {"granularity": granularity, "scope": scope})
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    return PruningCurve(tuple(points), metric, better, plan.criterion)
 
 
 class PruningCurveCallback(TrainerCallback):
@@ -93,14 +86,21 @@ class PruningCurveCallback(TrainerCallback):
         evaluate: The Trainer, whose evaluation set is used, or a function as in `pruning_curve`. On several processes
             all call it.
         fractions: As in `pruning_curve`: each costs an evaluation. 0 is what the evaluation itself shows.
-        metric: As in `pruning_curve`.
-        **options: Further options of `pruning_curve`.
+        metric: As in `pruning_curve`, like all that follow.
+        granularity: See `pruning_curve`.
+        scope: See `pruning_curve`.
+        higher_is_better: See `pruning_curve`.
+        target_modules: See `pruning_curve`.
+        exclude_modules: See `pruning_curve`.
+        blocks: See `pruning_curve`.
+        config: See `pruning_curve`.
 
     Attributes:
         curves: By global step, those of this call of `train()`.
 
     Raises:
-        ValueError: For a fraction outside of [0, 1).
+        ValueError: For a fraction outside of [0, 1); when training begins for a Trainer without one evaluation set or
+            of another model, and for what `prune` refuses.
     """
 
     def __init__(
@@ -109,20 +109,36 @@ class PruningCurveCallback(TrainerCallback):
         fractions: Iterable[float] = (0.5, 0.75, 0.9),
         *,
         metric: str = "loss",
-        **options: Any,
+        granularity: Granularity | None = None,
+        scope: Scope | None = None,
+        higher_is_better: bool | None = None,
+        target_modules: list[str] | str | None = None,
+        exclude_modules: list[str] | str | None = None,
+        blocks: Sequence[Block] | None = None,
+        config: TargetedDropoutConfig | None = None,
     ) -> None:
         self.evaluate = evaluate
         self.fractions = check_fractions(fractions)
         self.metric = metric
-        self.options = options
+        self.higher_is_better = higher_is_better
+        self.criterion: dict[str, Any] = {
+            "granularity": granularity,
+            "scope": scope,
+            "target_modules": target_modules,
+            "exclude_modules": exclude_modules,
+            "blocks": blocks,
+            "config": config,
+        }
         self.curves: dict[int, PruningCurve] = {}
         self._running = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forgets the curves of an earlier run."""
+        """Forgets the curves of an earlier run, and refuses what couldn't be drawn."""
         self.curves = {}
+        self._function(kwargs["model"])
+        PruningPlan.of(kwargs["model"], **self.criterion)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,7 +149,12 @@ class PruningCurveCallback(TrainerCallback):
         self._running = True
         try:
             curve = pruning_curve(
-                kwargs["model"], self._function(), self.fractions, metric=self.metric, **self.options
+                kwargs["model"],
+                self._function(kwargs["model"]),
+                self.fractions,
+                metric=self.metric,
+                higher_is_better=self.higher_is_better,
+                **self.criterion,
             )
         finally:
             self._running = False
@@ -148,10 +169,15 @@ class PruningCurveCallback(TrainerCallback):
         elif state.is_world_process_zero:
             logger.info("Step %s: %s", state.global_step, figures)
 
-    def _function(self) -> Evaluate:
+    def _function(self, model: nn.Module) -> Evaluate:
         if not isinstance(self.evaluate, Trainer):
             return self.evaluate
         trainer, data = self.evaluate, self.evaluate.eval_dataset
+        if trainer.model is not model:
+            raise ValueError(
+                "PruningCurveCallback: the Trainer that was passed has another model than the one that is trained. "
+                "Pass the Trainer that the callback is added to."
+            )
         if data is None or isinstance(data, dict):
             raise ValueError(
                 "PruningCurveCallback: the Trainer has no single evaluation set. Pass a function from the model to "

@@ -45,7 +45,9 @@ def draw_kept(
     assert shape is not None
     size = shape.numel()
     threshold = math.floor(256 * rate)
-    threshold += int(torch.rand((), generator=generator, device=device) < 256 * rate - threshold)
+    # On the CPU: a number that is read back from another device would make the program wait for it, layer by layer.
+    coin = generator if generator.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())
+    threshold += int(torch.rand((), generator=coin) < 256 * rate - threshold)
     # Eight bytes a number, sign included: several times cheaper than a float for each entry.
     words = torch.empty(-(-size // 8), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
     numbers = words.view(torch.uint8)[:size]
@@ -103,6 +105,22 @@ class Product:
         return grad_x, grad_weight, rows.sum(0) if needs[2] else None
 
 
+@dataclass
+class Penalty:
+    """An L1 penalty on a weight that is added to the loss once, however often the layer is called until then.
+
+    Attributes:
+        strength: What the sum of |weights| is multiplied by; 0 once it was added.
+    """
+
+    strength: float
+
+    def take(self) -> float:
+        """The strength, at the first call."""
+        strength, self.strength = self.strength, 0.0
+        return strength
+
+
 @dataclass(frozen=True)
 class Drop:
     """What a layer drops in one pass.
@@ -111,13 +129,13 @@ class Drop:
         kept: Boolean, over the weight's shape (it may be an expanded view); None: everything is kept.
         kept_bias: Boolean [out]: entries of the bias that are kept; None: all.
         scale: Factor of what is kept, biases included where they are dropped.
-        l1: This times the sign of the weight is added to its gradient.
+        penalty: Whose gradient, its strength times the sign of the weight, goes into the weight's.
     """
 
     kept: torch.Tensor | None
     kept_bias: torch.Tensor | None = None
     scale: float = 1.0
-    l1: float = 0.0
+    penalty: Penalty | None = None
 
 
 class _Dropped(torch.autograd.Function):
@@ -147,8 +165,8 @@ class _Dropped(torch.autograd.Function):
                 grad_weight.mul_(kept)
             if drop.scale != 1:
                 grad_weight.mul_(drop.scale)
-            if drop.l1:
-                grad_weight.add_(weight.sign(), alpha=drop.l1)
+            if drop.penalty is not None and (strength := drop.penalty.take()):
+                grad_weight.add_(weight.sign(), alpha=strength)
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias_dtype)
             if kept_bias is not None:

@@ -1,7 +1,7 @@
 """Modules that drop weights or units in training steps, and are the dense ones otherwise.
 
 A module is swapped by its class, in place: parameters, state-dict keys and hooks stay, and nothing is ever written
-into a weight. All of a model share a `Dropping`, which finds the candidates and draws.
+into a weight. All modules of a config share a `Dropping`, which finds the candidates and draws.
 """
 
 import logging
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_efx.core.model.masks import UnitGroup, unit_columns, weak_units, weak_weights
 from hf_efx.core.model.swap import hook_kept, swap_class
 from hf_efx.core.training.step_context import StepContext
-from hf_efx.targeted_dropout.functional import Drop, Product, draw_kept, dropped_product
+from hf_efx.targeted_dropout.functional import Drop, Penalty, Product, draw_kept, dropped_product
 from hf_efx.targeted_dropout.schedule import ramp_factors
 
 logger = logging.getLogger(__name__)
@@ -28,21 +28,31 @@ _DROPPING = "_targeted_dropout"  # in the __dict__ of a swapped module
 
 @dataclass(eq=False)
 class Dropping:
-    """What a model drops: the candidates, and the draw of each pass.
+    """What a config drops in a model: the candidates, and the draw of each pass.
 
     Attributes:
         config: The TargetedDropoutConfig.
         context: Where the run is, and its random numbers.
+        model: The model that `members` are in.
         modules: Layers by name: those whose weights are dropped, or of units all that emit them.
         groups: The groups of units; empty where weights are dropped.
+        members: The modules that drop, by name.
         spared: By module or group: True for weights or units that aren't candidates. Empty before the first step.
+        penalties: Of this step, by module, where there is an L1 penalty.
     """
 
     config: Any
     context: StepContext
+    model: nn.Module
     modules: dict[str, nn.Module]
     groups: list[UnitGroup]
+    members: dict[str, nn.Module] = field(default_factory=dict)
     spared: dict[str, torch.Tensor] = field(default_factory=dict)
+    penalties: dict[str, Penalty] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._put_on = self.config.method_fields()
+        self._last_step: int | None = None
 
     def factors(self) -> tuple[float, float]:
         """Targeting and rate at this step."""
@@ -51,11 +61,20 @@ class Dropping:
         return config.targeting * targeting, config.rate * rate
 
     def at_step_begin(self) -> None:
-        """Renews the candidates where it is time."""
-        if self.config.selection == "random" or self.config.rate == 0:
-            return
-        if not self.spared or self.context.step % self.config.refresh_every == 0:
-            self.refresh()
+        """Renews the candidates where it is time.
+
+        Raises:
+            ValueError: At a run's first step, for what can't be trained; for NaN weights (the module is named).
+        """
+        config, step = self.config, self.context.step
+        if self._last_step is None or step != self._last_step + 1:  # a run begins: what an earlier one left is stale
+            self._check()
+            self.spared = {} if self._last_step is not None else self.spared
+        self._last_step = step
+        self.penalties = {name: Penalty(config.l1) for name in self.modules} if config.l1 else {}
+        targeting, _ = self.factors()
+        if config.selection != "random" and config.rate and (not self.spared or step % config.refresh_every == 0):
+            self.refresh(targeting)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The candidates, for a checkpoint; none where the next step renews them."""
@@ -63,28 +82,37 @@ class Dropping:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Takes a checkpoint's candidates."""
-        self.spared = state
+        self.spared, self._last_step = state, None
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Finds the candidates of this step.
-
-        Raises:
-            ValueError: For NaN weights (the module is named), or sharded ones.
-        """
-        weights: dict[str, Any] = {name: module.weight for name, module in self.modules.items()}
-        for name, weight in weights.items():
-            if isinstance(weight, DTensor) or weight.numel() == 0:
-                raise ValueError(
-                    f"{name}.weight is sharded (FSDP, DeepSpeed ZeRO-3), so that its weakest entries can't be found: "
-                    f"train targeted dropout with DDP."
-                )
-        targeting, _ = self.factors()
+    def refresh(self, targeting: float) -> None:
+        """Finds the candidates among today's weights."""
         if self.groups:
             weak = weak_units(self.modules, self.groups, targeting, self.config.scope)
         else:
             weak = weak_weights(self.modules, targeting, self.config.scope)
         self.spared = {name: mask.logical_not_() for name, mask in weak.items()}
+
+    def _check(self) -> None:
+        now = self.config.method_fields()
+        if now != self._put_on:
+            raise ValueError(
+                f"The config of targeted dropout was changed after it was put on: it says {now}, config.efx "
+                f"{self._put_on}. Call hf_efx.unload(model), then get_efx_model with the new one."
+            )
+        for name, member in {**self.modules, **self.members}.items():
+            found = self.model.get_submodule(name)
+            if getattr(found, "base_layer", found) is not member:  # of an adapter on top
+                raise ValueError(
+                    f"Module {name!r} was replaced after targeted dropout was put on it (resize_token_embeddings does "
+                    f"that to an output layer). Call hf_efx.unload(model), then get_efx_model with the config again."
+                )
+            weight: Any = member.weight
+            if isinstance(weight, DTensor) or weight.numel() == 0:
+                raise ValueError(
+                    f"{name}.weight is sharded (FSDP, DeepSpeed ZeRO-3), so that its weakest entries can't be found: "
+                    f"train targeted dropout with DDP."
+                )
 
     def kept(self, name: str, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
         """What of a module's weights, or of a group's units, is kept here and now; None for all."""
@@ -96,6 +124,11 @@ class Dropping:
         if spared is not None and spared.device != device:
             spared = self.spared[name] = spared.to(device)
         return draw_kept(spared, rate, generator, shape=shape, device=device)
+
+    def size(self) -> int:
+        """Number of weights in the modules."""
+        weights: list[Any] = [module.weight for module in self.modules.values()]
+        return sum(weight.numel() for weight in weights)
 
     def dropped_share(self) -> float:
         """Share of all weights, or units, that a pass drops, in the mean."""
@@ -173,9 +206,10 @@ class TargetedMember(nn.Module):
         weight: Any = self.weight
         if not role.size:
             kept = dropping.kept(role.name, weight.shape, weight.device)
-            # Once a step: it belongs to the loss, not to each micro-batch.
-            l1 = dropping.config.l1 if dropping.context.micro_step == 0 else 0.0
-            return None if kept is None and not l1 else Drop(kept, None, dropping.scale, l1)
+            penalty = dropping.penalties.get(role.name)
+            if penalty is not None and torch.is_autocast_enabled(weight.device.type):
+                _refuse_fp16(weight.device.type)
+            return None if kept is None and penalty is None else Drop(kept, None, dropping.scale, penalty)
         units = dropping.kept(role.name, torch.Size([role.size]), weight.device)
         if units is None:
             return None
@@ -184,6 +218,14 @@ class TargetedMember(nn.Module):
         columns = unit_columns(units, weight.shape[dim], max(role.stacked, 1))
         kept = columns.view([-1 if i == dim else 1 for i in range(weight.dim())]).expand_as(weight)
         return Drop(kept, columns if role.stacked else None, dropping.scale)
+
+
+def _refuse_fp16(device: str) -> None:
+    if torch.get_autocast_dtype(device) == torch.float16:
+        raise ValueError(
+            "l1 under fp16: it is added to gradients that a gradient scaler has scaled, and would be as good as none. "
+            "Train with bf16=True, or in float32."
+        )
 
 
 class TargetedLinear(TargetedMember, nn.Linear):
@@ -216,11 +258,13 @@ _CLASSES: Mapping[type[nn.Module], type[TargetedMember]] = {
 }
 
 
-def attach(module: nn.Module, dropping: Dropping, role: Role) -> None:
-    """Makes a module drop."""
+def attach(name: str, dropping: Dropping, role: Role) -> None:
+    """Makes a module of that name drop."""
+    module = dropping.model.get_submodule(name)
     with hook_kept(module):
         swap_class(module, _CLASSES[type(module)])
     module.__dict__[_DROPPING] = dropping, role
+    dropping.members[name] = module
 
 
 def detach(module: nn.Module) -> Dropping | None:
@@ -233,6 +277,7 @@ def detach(module: nn.Module) -> Dropping | None:
     return dropping
 
 
-def dropping_of(model: nn.Module) -> Dropping | None:
-    """What a model drops; None without targeted dropout."""
-    return next((m.__dict__[_DROPPING][0] for m in model.modules() if isinstance(m, TargetedMember)), None)
+def droppings_of(model: nn.Module) -> list[Dropping]:
+    """What a model drops, config by config; empty without targeted dropout."""
+    found = [m.__dict__[_DROPPING][0] for m in model.modules() if isinstance(m, TargetedMember)]
+    return list(dict.fromkeys(found))

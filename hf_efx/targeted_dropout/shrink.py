@@ -5,26 +5,33 @@ then of no account. Transformers builds all layers of a stack by one width, so i
 `prune(granularity="unit")` gives with scope "column" or "layer".
 """
 
+import copy
+import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_efx.core.model.adapter import unload
-from hf_efx.core.model.block_map import Block
+from hf_efx.core.model.block_map import BLOCK_MAPS, Block
 from hf_efx.core.model.masks import UnitGroup, unit_columns
 from hf_efx.core.model.pruned import empty_outputs
 from hf_efx.core.model.record import mark_pruned, pruned_modules
 from hf_efx.core.model.swap import refuse_offloaded
 from hf_efx.core.model.targets import unsuitable
-from hf_efx.targeted_dropout.pruning import check_model, find_groups, in_features, out_features, whole
+from hf_efx.core.model.weight_view import DENSE_TYPES
+from hf_efx.core.model.wrappers import inner_model, refuse_data_parallel, unwrap_model
+from hf_efx.core.scoring.scoring_state import scoring_state
+from hf_efx.targeted_dropout.plan import check_model, whole
+from hf_efx.targeted_dropout.units import find_groups, in_features, out_features
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +78,15 @@ WIDTHS: dict[str, tuple[Widths, ...]] = {
 
 @dataclass
 class _Cut:
-    """What is taken out: of each group the kept units, and the config's new values."""
+    """What is taken out: the groups, of each the kept units, and the config's new values."""
 
+    groups: list[UnitGroup] = field(default_factory=list)
     keep: dict[str, torch.Tensor] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def shrink(model: ModelT, *, blocks: Sequence[Block] | None = None) -> ModelT:
+def shrink(model: ModelT, *, blocks: Sequence[Block] | None = None, inputs: Any = None) -> ModelT:
     """Removes the units that nothing reads any more, as `prune(model, fraction, "unit")` leaves them.
 
     Training-time methods are taken off (`unload`), since they go by the old widths. Parameters are new ones: make the
@@ -88,33 +96,50 @@ def shrink(model: ModelT, *, blocks: Sequence[Block] | None = None) -> ModelT:
     warning.
 
     Args:
-        model: The pruned model. It is changed in place.
+        model: The pruned model, or what wraps it. It is changed in place.
         blocks: Rows that describe the blocks of units, in the place of the block map's. A plain module needs them, and
             may have another width in each block.
+        inputs: What the model is called with: a dict of named arguments, a tuple, or one tensor. Then a smaller copy
+            has to give the same outputs on them before the model is changed. It is asked for where a module of one's
+            own could stand between the modules of a block.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: If there is nothing to remove, layers that share a width have kept unequal counts, or a module
-            can't be changed; the reason is named, and the model is unchanged.
+        ValueError: If there is nothing to remove, layers that share a width have kept unequal counts, a module can't
+            be changed, or the smaller model wouldn't run, load or give the same outputs; the reason is named, and the
+            model is unchanged.
     """
-    check_model(model)
-    with whole(model):
-        groups = [group for group in find_groups(model, blocks) if group.reads]
-        kept = {group.name: ~_unread(model, group) for group in groups}
+    check_model(unwrap_model(model))
+    refuse_data_parallel(model, "shrink")
+    inner = inner_model(model)
+    check_model(inner)
+    with whole(inner):
+        groups = _readable(inner, blocks)
+        kept = {group.name: ~_unread(inner, group) for group in groups}
         groups = [group for group in groups if not kept[group.name].all()]
-        _check_groups(model, groups, kept)
-        cut = _plan(model, groups, kept)
-    unload(model)
-    pruned = pruned_modules(model)
-    with torch.no_grad():
-        for group in groups:
-            if group.name in cut.keep:
-                _slice(model, group, cut.keep[group.name])
-    _tell(model, cut)
-    mark_pruned(model, _still_pruned(model, pruned))
+        _check_groups(inner, groups, kept)
+        cut = _plan(inner, groups, kept)
+        if inputs is None:
+            _refuse_between(inner, cut.groups)
+        _check_skeleton(inner, cut)
+    if inputs is not None:
+        _try_out(inner, cut, inputs)
+    _take_out(inner, cut)
     return model
+
+
+def _readable(model: nn.Module, blocks: Sequence[Block] | None) -> list[UnitGroup]:
+    """The groups whose readers are known."""
+    known = getattr(getattr(model, "config", None), "model_type", None) in BLOCK_MAPS
+    if isinstance(model, PreTrainedModel) and not known:
+        raise ValueError(
+            f"shrink: hf_efx doesn't know which fields of {type(model.config).__name__} say the widths of its blocks "
+            f"(it knows those of {', '.join(WIDTHS)}), so that a smaller model couldn't be loaded. Its pruned units "
+            f"stay as zeros."
+        )
+    return [group for group in find_groups(model, blocks) if group.reads]
 
 
 def _unread(model: nn.Module, group: UnitGroup) -> torch.Tensor:
@@ -149,17 +174,19 @@ def _check_groups(model: nn.Module, groups: list[UnitGroup], kept: Mapping[str, 
 
 def _plan(model: nn.Module, groups: list[UnitGroup], kept: Mapping[str, torch.Tensor]) -> _Cut:
     if not isinstance(model, PreTrainedModel):
-        return _Cut(keep={group.name: kept[group.name] for group in groups})
+        return _Cut(groups, {group.name: kept[group.name] for group in groups})
     cut, left = _Cut(), {}
     rows = WIDTHS.get(model.config.model_type, ())
     everything = find_groups(model, None)
     for group in groups:
         row = next((row for row in rows if re.search(row.pattern, group.name)), None)
         if row is None:
-            left[group.name] = _why_not(model, group)
+            what = "for fewer heads of the same width" if group.kind == "attention" else "for this width"
+            left[group.name] = f"{type(model.config).__name__} has no field {what}"
             continue
         alike = [g for g in everything if re.search(row.pattern, g.name)]
         count = _common_count(row, alike, kept)
+        cut.groups.append(group)
         cut.keep[group.name] = kept[group.name]
         if group.kind != "attention":
             cut.fields[str(row.width)] = count
@@ -174,19 +201,7 @@ def _plan(model: nn.Module, groups: list[UnitGroup], kept: Mapping[str, torch.Te
         raise ValueError(f"shrink: the empty units of {name!r} can't go, since {reason}.")
     for name, reason in left.items():
         logger.warning("The empty units of %s stay, as zeros: %s.", name, reason)
-    try:
-        type(model.config).from_dict({**model.config.to_dict(), **cut.fields})
-    except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"shrink: {type(model.config).__name__} refuses {cut.fields}: {error}") from error
     return cut
-
-
-def _why_not(model: PreTrainedModel, group: UnitGroup) -> str:
-    """Why a transformers model without a row for a group can't be built without some of its units."""
-    name = type(model.config).__name__
-    if group.kind == "attention":
-        return f"{name} has no field for fewer heads of the same width"
-    return f"{name} has no field for this width"
 
 
 def _common_count(row: Widths, alike: list[UnitGroup], kept: Mapping[str, torch.Tensor]) -> int:
@@ -195,7 +210,7 @@ def _common_count(row: Widths, alike: list[UnitGroup], kept: Mapping[str, torch.
     Raises:
         ValueError: If it isn't the same number.
     """
-    counts = {group.name: int(kept[group.name].sum()) for group in alike}
+    counts = {group.name: int(kept[group.name].sum()) if group.name in kept else group.size for group in alike}
     if len(set(counts.values())) > 1:
         few, many = min(counts, key=lambda n: counts[n]), max(counts, key=lambda n: counts[n])
         word = row.width or row.heads[0]
@@ -206,31 +221,129 @@ def _common_count(row: Widths, alike: list[UnitGroup], kept: Mapping[str, torch.
     return next(iter(counts.values()))
 
 
-def _slice(model: nn.Module, group: UnitGroup, keep: torch.Tensor) -> None:
-    """Takes units out of all modules of a group."""
+def _refuse_between(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
+    """Raises where a module beside a block has a number for each of its units, and may have to lose some too."""
+    for group in (one for one in groups if one.kind != "attention"):  # there units are heads, not columns
+        root = _common(group.members)
+        members = {model.get_submodule(name) for name in group.members}
+        for name, module in model.get_submodule(root).named_modules(prefix=root):
+            mixes = isinstance(module, (*DENSE_TYPES, nn.Embedding)) and getattr(module, "groups", 1) == 1
+            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if module not in members and not mixes and any(group.size in tensor.shape for tensor in tensors):
+                raise ValueError(
+                    f"shrink: {name or 'the model itself'} ({type(module).__name__}) beside {group.name!r} holds "
+                    f"{group.size} numbers, as many as there are units. If it stands between emitters and readers, "
+                    f"the units can't go; if not, pass inputs=..., on which a smaller copy is tried first."
+                )
+
+
+def _common(names: Sequence[str]) -> str:
+    """The name of the module that holds all of these."""
+    owners = [name.split(".")[:-1] for name in names]
+    levels = zip(*owners, strict=False)
+    return ".".join(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def _check_skeleton(model: nn.Module, cut: _Cut) -> None:
+    """Builds a transformers model of the new widths, without memory, and compares shapes.
+
+    Raises:
+        ValueError: If the smaller model couldn't be loaded.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    name = type(model.config).__name__
+    try:
+        config = type(model.config).from_dict({**model.config.to_dict(), **cut.fields})
+        with torch.device("meta"):
+            skeleton = type(model)(config)
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        raise ValueError(f"shrink: {name} refuses {cut.fields}: {error}") from error
+    wanted = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    for group in cut.groups:
+        for owner, attribute, dim, columns in _cuts(model, group, cut.keep[group.name]):
+            wanted[f"{owner}.{attribute}"][dim] = int(columns.sum())
+    for key, tensor in skeleton.state_dict().items():
+        if wanted.get(key, list(tensor.shape)) != list(tensor.shape):
+            raise ValueError(
+                f"shrink: with {cut.fields} in {name}, {type(model).__name__} has {key} of shape "
+                f"{list(tensor.shape)}, where {wanted[key]} would be left. The blocks don't describe this model."
+            )
+
+
+def _try_out(model: nn.Module, cut: _Cut, inputs: Any) -> None:
+    """Raises where a smaller copy doesn't give the model's outputs."""
+    small = copy.deepcopy(model)
+    _take_out(small, cut)
+    with scoring_state(model), scoring_state(small):
+        expected = _outputs(model, inputs)
+        try:
+            found = _outputs(small, inputs)
+        except Exception as error:
+            raise ValueError(
+                f"shrink: without its pruned units {type(model).__name__} doesn't run on the inputs: "
+                f"{type(error).__name__}: {error}. Something between emitters and readers goes by the old width."
+            ) from error
+    for old, new in zip(expected, found, strict=True):
+        scale = float(old.abs().max()) if old.numel() else 0.0
+        if old.shape != new.shape or not torch.allclose(old, new, rtol=0, atol=1e-3 * scale):
+            raise ValueError(
+                f"shrink: without its pruned units {type(model).__name__} gives other outputs on the inputs. "
+                f"Something between emitters and readers mixes the units."
+            )
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    else:
+        output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.is_floating_point()]
+
+
+def _take_out(model: nn.Module, cut: _Cut) -> None:
+    unload(model)
+    pruned = pruned_modules(model)
+    with torch.no_grad():
+        for group in cut.groups:
+            for owner, attribute, dim, columns in list(_cuts(model, group, cut.keep[group.name])):
+                module = model.get_submodule(owner)
+                _set(module, attribute, _select(getattr(module, attribute), dim, columns))
+            _tell_modules(model, group)
+    _tell(model, cut)
+    mark_pruned(model, _still_pruned(model, pruned))
+
+
+def _cuts(model: nn.Module, group: UnitGroup, keep: torch.Tensor) -> Iterator[tuple[str, str, int, torch.Tensor]]:
+    """What goes of the modules of a group: module, tensor, dimension, and which of its entries are kept."""
     for name, stacked in group.emits.items():
         module: Any = model.get_submodule(name)
         columns = unit_columns(keep, out_features(module), stacked)
-        _set(module, "weight", _select(module.weight, int(isinstance(module, Conv1D)), columns))
+        yield name, "weight", int(isinstance(module, Conv1D)), columns
         if module.bias is not None:
-            _set(module, "bias", _select(module.bias, 0, columns))
-        size = int(columns.sum())
-        for attribute in ("out_features", "out_channels", "nf"):
-            if hasattr(module, attribute):
-                setattr(module, attribute, size)
+            yield name, "bias", 0, columns
     for name in group.norms:
         norm: Any = model.get_submodule(name)
         for attribute in ("weight", "bias", "running_mean", "running_var"):
             if getattr(norm, attribute) is not None:
-                _set(norm, attribute, _select(getattr(norm, attribute), 0, keep))
-        norm.num_features = int(keep.sum())
+                yield name, attribute, 0, keep
     for name in group.reads:
         reader: Any = model.get_submodule(name)
-        columns = unit_columns(keep, in_features(reader))
-        _set(reader, "weight", _select(reader.weight, int(not isinstance(reader, Conv1D)), columns))
-        for attribute in ("in_features", "in_channels", "nx"):
-            if hasattr(reader, attribute):
-                setattr(reader, attribute, int(columns.sum()))
+        yield name, "weight", int(not isinstance(reader, Conv1D)), unit_columns(keep, in_features(reader))
+
+
+def _tell_modules(model: nn.Module, group: UnitGroup) -> None:
+    """Writes the widths of a group's modules where they say them."""
+    for name in group.members:
+        module: Any = model.get_submodule(name)
+        if name in group.norms:
+            module.num_features = module.running_mean.shape[0] if module.weight is None else module.weight.shape[0]
+        elif isinstance(module, Conv1D):
+            module.nx, module.nf = module.weight.shape
+        elif isinstance(module, nn.Conv2d):
+            module.out_channels, module.in_channels = module.weight.shape[:2]
+        else:
+            module.out_features, module.in_features = module.weight.shape
 
 
 def _select(tensor: torch.Tensor, dim: int, columns: torch.Tensor) -> torch.Tensor:

@@ -31,9 +31,8 @@ DECODED = 48
 Row = dict[str, Any]
 
 
-def build(name: str, config: GPT2Config, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A variant's model and optimiser."""
-    model: Any = GPT2LMHeadModel(config)
+def put_on(name: str, model: Any) -> Any:
+    """A variant of a dense model."""
     if name.startswith("low rank"):
         # He factors need no SVD, and what is timed doesn't depend on values.
         get_efx_model(model, LowRankConfig(rank=float(name.split()[-1]), init="he"))
@@ -42,8 +41,14 @@ def build(name: str, config: GPT2Config, device: str) -> tuple[nn.Module, torch.
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a renamed attribute
-            lora = LoraConfig(r=LORA_RANK, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
-            model = get_peft_model(model, lora)
+            gpt2 = isinstance(model, GPT2LMHeadModel)
+            model = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear", fan_in_fan_out=gpt2))
+    return model
+
+
+def build(name: str, config: GPT2Config, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A variant's model and optimiser."""
+    model = put_on(name, GPT2LMHeadModel(config))
     model = model.to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     if name.startswith("GaLore"):

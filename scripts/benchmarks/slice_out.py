@@ -62,15 +62,23 @@ Step = Callable[[], None]
 def build(name: str, config: dict[str, Any], device: str) -> Any:
     """A variant's model, in training mode."""
     name = name.removeprefix(COMPILED)
-    model: Any = GPT2LMHeadModel(GPT2Config(**config, **DROPOUTS.get(name, NO_DROPOUT)))
+    model = put_on(name, GPT2LMHeadModel(GPT2Config(**config, **DROPOUTS.get(name, NO_DROPOUT))))
+    return model.to(device).train()
+
+
+def put_on(name: str, model: Any) -> Any:
+    """A variant of a GPT-2 or Llama without dropout."""
     if name in SLICED:
         get_efx_model(model, SliceOutConfig(**SLICED[name]))
-    for block in model.transformer.h if name in PEERS else ():
+    gpt2 = type(model) is GPT2LMHeadModel
+    blocks: Any = (model.transformer.h if gpt2 else model.model.layers) if name in PEERS else ()
+    for block in blocks:
         if name.startswith("channel"):
-            block.mlp.act.register_forward_hook(functools.partial(_drop_channels, PEERS[name]))
+            act = block.mlp.act if gpt2 else block.mlp.act_fn
+            act.register_forward_hook(functools.partial(_drop_channels, PEERS[name]))
         else:
             block.forward = functools.partial(_perhaps, block.forward, PEERS[name])
-    return model.to(device).train()
+    return model
 
 
 def _drop_channels(rate: float, module: nn.Module, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:

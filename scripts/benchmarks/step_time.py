@@ -15,8 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-# Matrix products and the attention kernels, forward and backward.
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product")
+# Matrix products and the attention kernels, forward and backward; on CUDA the latter stand under names of their own.
+PRODUCTS = (
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product"),
+    *("aten::_flash_attention", "aten::_efficient_attention", "aten::_cudnn_attention"),
+)
 
 
 def synchronize(device: str) -> None:
@@ -26,11 +29,17 @@ def synchronize(device: str) -> None:
 
 
 def timed(function: Callable[[], Any], device: str) -> float:
-    """Seconds that one call takes."""
+    """Seconds that one call takes: on CUDA between two events of its stream."""
     synchronize(device)
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        synchronize(device)
+        return begin.elapsed_time(end) / 1000
     start = time.perf_counter()
     function()
-    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -63,7 +72,8 @@ def product_share(step: Callable[[], Any], device: str, rounds: int = 3) -> floa
             step()
         synchronize(device)
     inside = total = 0.0
-    for event in profiler.key_averages():
+    # An operation's own device time is that of the kernels it launched, which are listed once more by themselves.
+    for event in (one for one in profiler.key_averages() if one.device_type.name == "CPU"):
         spent = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         total += spent
         inside += spent if event.key.startswith(PRODUCTS) else 0.0

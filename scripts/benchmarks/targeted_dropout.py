@@ -23,7 +23,7 @@ from step_time import ratio_of_medians, saved_bytes, side_by_side, timed
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
 
 from hf_efx import Block, TargetedDropoutConfig, get_efx_model, prune, shrink, step_context
 from hf_efx.core.model.masks import magnitude_matrix
@@ -86,7 +86,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
     """The modules that all variants act on."""
     from hf_efx import default_targets
 
-    names = default_targets(model) if isinstance(model, GPT2LMHeadModel) else ["fc1", "fc2"]
+    names = default_targets(model) if isinstance(model, PreTrainedModel) else ["fc1", "fc2"]
     return [model.get_submodule(name) for name in names]
 
 
@@ -98,7 +98,7 @@ def put_on(name: str, model: nn.Module) -> nn.Module:
             small = {
                 "blocks": [Block("mlp", emits=["fc1"], reads=["fc2"]), Block("mlp", emits=["fc2"], reads=["fc3"])]
             }
-        more = {} if isinstance(model, GPT2LMHeadModel) else small
+        more = {} if isinstance(model, PreTrainedModel) else small
         get_efx_model(model, TargetedDropoutConfig(**VARIANTS[name], **more))
     for module in layers(model) if name in (PLAIN, PARAMETRIZED, MASKED) else ():
         if name == MASKED:

@@ -11,6 +11,7 @@ from matrix import ARCHITECTURES
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from hf_efx import TargetedDropoutConfig
 from hf_efx.core.model.record import efx_record
 from hf_efx.core.results.curves import PruningCurve
 from hf_efx.targeted_dropout.curve import PruningCurveCallback, pruning_curve
@@ -191,11 +192,38 @@ def test_the_trainer_s_own_evaluation_as_the_function(tmp_path: Path) -> None:
     assert curve.curves[2].values == (rows[0], rows[2]) and rows[0] == rows[1]
 
 
-def test_a_callback_without_an_evaluation_set_says_so(tmp_path: Path) -> None:
+def test_a_second_run_draws_its_own_curves(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=2, learning_rate=1e-1)
+    callback = PruningCurveCallback(run, [0.5])
+    run.add_callback(callback)
+    found = []
+    for steps in (4, 2):  # the second goes on from the first one's weights
+        run.args.max_steps = steps
+        run.train()
+        found.append(dict(callback.curves))
+    assert [list(curves) for curves in found] == [[2, 4], [2]] and found[0][2] != found[1][2]
+    metrics = run.evaluate()
+    assert metrics["eval_loss_pruned_50"] == callback.curves[2].at(0.5)
+
+
+def test_what_cannot_be_drawn_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    other = trainer(tmp_path, max_steps=2)
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (lambda run: run, {"target_modules": ["nowhere"]}, "nowhere"),
+        (lambda run: other, {}, "has another model than the one that is trained"),
+        (lambda run: run, {"granularity": "unit", "config": TargetedDropoutConfig()}, "stands beside config"),
+    ]
+    for evaluate, options, words in cases:
+        run = trainer(tmp_path, max_steps=2)
+        run.add_callback(PruningCurveCallback(evaluate(run), [0.5], **options))
+        with pytest.raises(ValueError, match=words):
+            run.train()
+        assert run.state.global_step == 0
     run = trainer(tmp_path, max_steps=2)
     run.add_callback(PruningCurveCallback(run, [0.5]))
     run.eval_dataset = {"a": run.eval_dataset}  # pyright: ignore
     with pytest.raises(ValueError, match="no single evaluation set. Pass a function"):
         run.train()
+    assert run.state.global_step == 0
     with pytest.raises(ValueError, match=r"fractions=\[1.0\]"):
         PruningCurveCallback(run, [1.0])

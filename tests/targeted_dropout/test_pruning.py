@@ -9,18 +9,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from datasets import Dataset
 from matrix import ARCHITECTURES, perturb
 from torch import nn
 from torch.nn.utils import prune as torch_prune
-from transformers import AutoModelForCausalLM, GPT2Model, Trainer, TrainingArguments, default_data_collator
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_efx import Block, EfxTrainer, LowRankConfig, default_targets, get_efx_model, merge_and_unload, unload
+from hf_efx import Block, LowRankConfig, TargetedDropoutConfig, default_targets, get_efx_model, pruning_curve
 from hf_efx.core.model.pruned import is_held
 from hf_efx.core.model.record import efx_record
 from hf_efx.targeted_dropout.pruning import prune
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+LORA = peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True)
 BLOCKS = (Block("mlp", ("0",), ("2",)), Block("mlp", ("2",), ("4",)))
 
 
@@ -31,6 +31,10 @@ def gpt2() -> Any:
 def mlp(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def targeted(model: Any, *configs: dict[str, Any]) -> Any:
+    return get_efx_model(model, [TargetedDropoutConfig(**fields) for fields in configs])
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -134,6 +138,109 @@ def test_targets_are_chosen_and_heads_left_alone() -> None:
     assert (model.transformer.wte.weight != 0).all()
 
 
+# --- as it was trained
+
+
+def test_granularity_scope_and_modules_are_those_that_were_trained() -> None:
+    cases: list[dict[str, Any]] = [
+        {"granularity": "unit", "scope": "global"},
+        {"scope": "layer", "layers_to_transform": [1]},
+    ]
+    for fields in cases:
+        model, dense = targeted(gpt2(), fields), gpt2()
+        report = prune(model, 0.5)
+        assert (report.granularity, report.scope) == (fields.get("granularity", "weight"), fields["scope"])
+        # A baseline is pruned alike by the config, to the same curve.
+        config = TargetedDropoutConfig(**fields)
+        assert prune(dense, 0.5, config=config) == report
+        assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
+        asked: list[tuple[Any, dict[str, Any]]] = [(model, {}), (dense, {"config": config})]
+        for one, options in asked:
+            settings = pruning_curve(one, lambda model: 1.0, [0.5], **options).settings
+            assert settings == {"granularity": report.granularity, "scope": report.scope}
+        layers = {row.name.split(".")[2] for row in report.layers}
+        assert layers == ({"1"} if "layers_to_transform" in fields else {"0", "1"})
+
+
+def test_each_of_several_configs_by_its_own_criterion() -> None:
+    ffn = {"granularity": "unit", "target_modules": ["c_fc"], "targeting": 0.5}
+    model = targeted(gpt2(), ffn, {"target_modules": ["c_attn"], "scope": "layer", "targeting": 0.25})
+    report = prune(model, 0.5)
+    assert [(row.name.partition(".h.")[2], row.granularity, row.kept / row.total) for row in report.layers] == [
+        *((f"{i}.mlp.c_fc", "unit", 0.5) for i in (0, 1)),
+        *((f"{i}.attn.c_attn", "weight", 0.5) for i in (0, 1)),
+    ]
+    assert (report.granularity, report.scope) == ("unit, weight", "column, layer")
+    assert "units and weights" in str(report)
+    state = model.state_dict()
+    names = [f"transformer.h.{i}.{part}.weight" for i in (0, 1) for part in ("mlp.c_fc", "mlp.c_proj", "attn.c_attn")]
+    assert {key for key, value in state.items() if key.endswith("weight") and (value == 0).any()} == set(names)
+    assert (state[names[0]] == 0).all(0).sum() == 64  # whole units there, no whole column here
+    assert not (state[names[2]] == 0).all(0).any()
+    # One granularity for all, by the modules of each; and what can't be told.
+    report = prune(targeted(gpt2(), ffn), 0.5, "weight")
+    assert [row.name for row in report.layers] == [f"transformer.h.{i}.mlp.c_fc" for i in (0, 1)]
+    with pytest.raises(ValueError, match="granularity=None: config.efx says that weights were trained, and units"):
+        prune(model, 0.5, target_modules=["c_proj"])
+    assert prune(model, 0.5, "weight", target_modules=["attn.c_proj"]).scope == "layer"
+
+
+def test_a_trained_module_that_cannot_be_pruned_is_named(tmp_path: Path) -> None:
+    model = targeted(gpt2(), {"target_modules": ["c_fc"]})
+    torch_prune.identity(model.transformer.h[1].mlp.c_fc, "weight")
+    with pytest.raises(ValueError, match=r"h.1.mlp.c_fc', on which it was trained, can't be pruned, since its weight"):
+        prune(model, 0.5)
+
+
+# --- wrappers and what can't be reached
+
+
+class Classifier(nn.Module):
+    """A module of one's own around a body, whose config it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = BY_NAME["bert"].build()
+        self.config, self.head = self.body.config, nn.Linear(5, 3)
+
+
+def test_what_wraps_a_model_leaves_no_trace_in_names(tmp_path: Path) -> None:
+    plain = gpt2()
+    prune(plain, 0.5)
+    wrapped = {
+        "compiled": (torch.compile(gpt2(), backend="eager"), lambda m: m._orig_mod),
+        "parallel": (nn.DataParallel(gpt2()), lambda m: m.module),
+    }
+    for name, (model, inner) in wrapped.items():
+        prune(model, 0.5)  # pyright: ignore[reportArgumentType]
+        assert inner(model).config.efx == plain.config.efx, name
+        assert all(torch.equal(v, plain.state_dict()[k]) for k, v in inner(model).state_dict().items()), name
+    own = Classifier()
+    prune(own, 0.5)
+    own.body.save_pretrained(tmp_path)
+    back = get_efx_model(BY_NAME["bert"].auto.from_pretrained(tmp_path))
+    held = [name for name, module in back.named_modules() if is_held(module)]
+    assert set(held) == set(back.config.efx["pruned"]) == set(default_targets(back)) and (own.head.weight != 0).all()
+    curve = pruning_curve(own, lambda model: float((model.body.classifier.weight == 0).sum()), [0.5])
+    assert curve.values == (0.0,)
+
+
+def test_experts_that_pruning_cannot_reach_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    mixture = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_hidden_layers=1, num_local_experts=4, **sizes))
+    share = sum(p.numel() for n, p in mixture.named_parameters() if "experts" in n) / mixture.num_parameters()
+    for act in (lambda: prune(mixture, 0.5), lambda: targeted(mixture, {})):
+        with caplog.at_level("WARNING", "hf_efx"):
+            caplog.clear()
+            act()
+        assert f"MixtralForCausalLM holds {share:.0%} of its weights in three-dimensional" in caplog.text
+
+
 # --- what is refused, the model unharmed
 
 
@@ -177,9 +284,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "tied": (gpt2, {"target_modules": ["lm_head"]}, r"'lm_head'.*tied \(lm_head.weight, transformer.wte"),
     "quantised": (quantised, {}, r"quantised \(bitsandbytes\).*prune, then quantise"),
     "lora": (
-        lambda: peft.get_peft_model(gpt2(), peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True)),
+        lambda: peft.get_peft_model(gpt2(), LORA),
         {},
         r"carries a peft adapter.*merge it first",
+    ),
+    "lora, compiled": (
+        lambda: torch.compile(peft.get_peft_model(gpt2(), LORA), backend="eager"),
+        {},
+        r"carries a peft adapter",
     ),
     "factorised": (
         lambda: get_efx_model(gpt2(), LowRankConfig(rank=2, target_modules=["c_fc"])),
@@ -191,11 +303,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {"granularity": "unit"},
         r"isn't one plain matrix.*merge_and_unload",
     ),
-    "blocks of weights": (mlp, {"blocks": BLOCKS}, r"blocks describe units: pass granularity='unit'"),
+    "blocks of weights": (mlp, {"blocks": BLOCKS}, r"blocks describe units: set granularity='unit'"),
     "block that isn't there": (
         mlp,
         {"blocks": [Block("mlp", ("up",), ("down",))], "granularity": "unit"},
         r"blocks has .*no module of Sequential",
+    ),
+    "config and more": (
+        mlp,
+        {"config": TargetedDropoutConfig(), "scope": "layer"},
+        r"scope='layer' stands beside config, which says that itself",
     ),
     "meta": (lambda: mlp().to("meta"), {}, r"'0.weight' is sharded or on the meta device"),
 }
@@ -211,190 +328,3 @@ def test_bad_input_is_refused_and_the_model_unharmed(case: str) -> None:
     assert efx_record(model) == record and not any(map(is_held, model.modules()))
     for name, value in model.state_dict().items():
         assert value.is_meta or torch.equal(value.nan_to_num(7.0), state[name].nan_to_num(7.0)), name
-
-
-# --- zeros that stay
-
-
-def pruned_gpt2(granularity: Any = "weight") -> Any:
-    model = gpt2()
-    prune(model, 0.5, granularity)
-    return model
-
-
-def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value == 0 for name, value in model.named_parameters() if (value == 0).any()}
-
-
-def three_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    for _ in range(3):
-        batch = BY_NAME["gpt2"].batch()
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(str(folder), **{**settings, **changes})
-
-
-def data() -> Dataset:
-    return Dataset.from_dict({name: value.tolist() for name, value in BY_NAME["gpt2"].batch(8).items()})
-
-
-def run(trainer: type[Trainer], model: Any, folder: Path, resume: Any = None, **changes: Any) -> Any:
-    done = trainer(model, arguments(folder, **changes), train_dataset=data(), data_collator=default_data_collator)
-    done.train(resume_from_checkpoint=resume)
-    return done.model
-
-
-def test_the_record_names_modules_and_what_hangs_on_their_units() -> None:
-    record: Any = efx_record(pruned_gpt2())
-    assert record["methods"] == [] and set(record["pruned"]) == set(default_targets(gpt2()))
-    assert not any(record["pruned"].values())
-    record = efx_record(pruned_gpt2("unit"))
-    assert record["pruned"]["transformer.h.0.mlp.c_fc"] == {"bias": True}
-    assert record["pruned"]["transformer.h.0.mlp.c_proj"] == {}
-    resnet = BY_NAME["resnet"].build()
-    prune(resnet, 0.5, "unit")
-    follows = [spec for spec in resnet.config.efx["pruned"].values() if "follows" in spec]
-    assert follows and all(spec["follows"].endswith("0.convolution") for spec in follows)
-
-
-@pytest.mark.parametrize("granularity", ["weight", "unit"])
-def test_an_optimizer_with_momentum_refills_nothing(granularity: Any) -> None:
-    # Its state is from before pruning: momentum and decay would move what has no gradient.
-    model = gpt2()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    three_steps(model, optimizer)
-    prune(model, 0.5, granularity)
-    before, state = zeros(model), weights(model)
-    three_steps(model, optimizer)
-    torch.testing.assert_close(zeros(model), before)
-    moved = [name for name, value in model.named_parameters() if not torch.equal(value, state[name])]
-    assert set(before) <= set(moved)  # the other weights train on
-    # Given up, they move.
-    prune(model, 0)
-    assert efx_record(model) is None
-    three_steps(model, optimizer)
-    assert len(zeros(model)) < len(before)
-
-
-def test_a_unit_s_own_zero_bias_trains_and_a_norm_s_stays() -> None:
-    model = perturb(BY_NAME["resnet"].build()).train()
-    prune(model, 0.5, "unit")
-    bias = model.resnet.encoder.stages[1].layers[1].layer[0].normalization.bias
-    gone = bias == 0
-    with torch.no_grad():
-        bias.zero_()  # also those that are in use
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model(**BY_NAME["resnet"].batch()).loss.backward()
-    optimizer.step()
-    assert gone.sum() == 8 and (bias[gone] == 0).all() and (bias[~gone] != 0).all()
-
-
-@pytest.mark.parametrize("way", ["get_efx_model", "EfxTrainer"])
-def test_saved_loaded_tuned_and_saved_again(way: str, tmp_path: Path, run_python: Callable[..., str]) -> None:
-    model = pruned_gpt2("unit")
-    model.save_pretrained(tmp_path / "pruned")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
-    before = zeros(loaded)
-    if way == "get_efx_model":
-        tuned = run(Trainer, get_efx_model(loaded), tmp_path / "run")
-    else:
-        tuned = run(EfxTrainer, loaded, tmp_path / "run")
-    merge_and_unload(unload(tuned))
-    tuned.save_pretrained(tmp_path / "tuned")
-    after = zeros(tuned)
-    assert before.keys() == after.keys() and all(torch.equal(after[name], mask) for name, mask in before.items())
-    assert not torch.equal(tuned.transformer.h[0].mlp.c_fc.weight, model.transformer.h[0].mlp.c_fc.weight)
-    tokens = BY_NAME["gpt2"].batch()["input_ids"]
-    with torch.no_grad():
-        expected = tuned.eval()(tokens).logits
-    torch.save(tokens, tmp_path / "tokens.pt")
-    printed = run_python(
-        """
-        import sys, torch
-        from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/tuned")
-        assert not any(name.split(".")[0] == "hf_efx" for name in sys.modules)
-        torch.save(model(torch.load(sys.argv[1] + "/tokens.pt")).logits, sys.argv[1] + "/logits.pt")
-        print(sum(int((p == 0).sum()) for p in model.parameters()), "pruned" in model.config.efx)
-        """,
-        args=[tmp_path],
-    )
-    assert printed.split() == [str(sum(int(mask.sum()) for mask in after.values())), "True"]
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
-
-
-def test_a_loaded_model_that_nobody_holds_is_refilled(tmp_path: Path) -> None:
-    pruned_gpt2().save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)  # flagged, not held
-    assert zeros(loaded)
-    three_steps(loaded, torch.optim.AdamW(loaded.parameters(), lr=1e-2))
-    assert not zeros(loaded)
-
-
-def test_a_resumed_run_takes_the_flag_from_its_checkpoint(tmp_path: Path) -> None:
-    model = pruned_gpt2()
-    before = zeros(model)
-    run(EfxTrainer, model, tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
-    resumed = run(EfxTrainer, gpt2(), tmp_path, resume=True, max_steps=4)  # a dense model is given
-    assert efx_record(resumed) == efx_record(model)
-    torch.testing.assert_close(zeros(resumed), before)
-
-
-def test_sharded_training_is_refused(tmp_path: Path) -> None:
-    trainer = EfxTrainer(pruned_gpt2(), arguments(tmp_path), train_dataset=data(), data_collator=default_data_collator)
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match=r"is pruned.*FSDP and DeepSpeed.*prune\(model, 0\)"):
-        trainer.train()
-
-
-def test_the_base_model_alone_is_held_too(tmp_path: Path) -> None:
-    pruned_gpt2().save_pretrained(tmp_path)
-    base = get_efx_model(GPT2Model.from_pretrained(tmp_path))
-    assert is_held(base.h[0].mlp.c_fc)  # pyright: ignore
-
-
-def test_a_plain_module_is_held_as_well() -> None:
-    model = mlp()
-    prune(model, 0.5)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    before = zeros(model)
-    for _ in range(3):
-        model(torch.randn(4, 10)).square().mean().backward()
-        optimizer.step()
-    torch.testing.assert_close(zeros(model), before)
-
-
-def test_a_lora_trains_on_top_but_is_not_merged_into_zeros() -> None:
-    model = peft.get_peft_model(pruned_gpt2(), peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True))
-    with pytest.raises(ValueError, match=r"c_fc' can't be merged, since that layer is pruned.*prune\(model, 0\)"):
-        model.merge_and_unload()  # pyright: ignore[reportCallIssue]
-
-
-def test_a_pruned_layer_is_not_factorised() -> None:
-    model = pruned_gpt2()
-    with pytest.raises(ValueError, match=r"LowRankConfig: module .*c_attn' is pruned.*prune\(model, 0\)"):
-        get_efx_model(model, LowRankConfig(rank=2))
-    assert efx_record(model)["methods"] == []  # pyright: ignore
-
-
-def test_a_malformed_flag_is_refused() -> None:
-    model = gpt2()
-    for wrong in ([], {"transformer.h.0.mlp.c_fc": {"mask": 1}}):
-        model.config.efx = {"format_version": 1, "methods": [], "pruned": wrong}
-        with pytest.raises(ValueError, match="config.efx has pruned="):
-            get_efx_model(model)

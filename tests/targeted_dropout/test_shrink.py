@@ -11,8 +11,9 @@ import torch
 from matrix import ARCHITECTURES, perturb
 from slice_out.architectures import MORE
 from torch import nn
+from transformers import GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from hf_efx import Block, default_targets
+from hf_efx import Block, TargetedDropoutConfig, default_targets, get_efx_model
 from hf_efx.core.model.record import efx_record
 from hf_efx.targeted_dropout.pruning import prune
 from hf_efx.targeted_dropout.shrink import shrink
@@ -84,18 +85,40 @@ def test_ffn_and_heads_together(tmp_path: Path) -> None:
     check("llama", targets, fields, tmp_path)
 
 
-def test_plain_transformers_loads_it(tmp_path: Path, run_python: Callable[..., str]) -> None:
-    model = build("gpt2")
-    prune(model, 0.5, "unit", target_modules=["c_fc"])
-    shrink(model).save_pretrained(tmp_path)
+def test_plain_transformers_loads_what_was_targeted_pruned_and_shrunk(
+    tmp_path: Path, run_python: Callable[..., str]
+) -> None:
+    """One process without hf_efx for all three."""
+    targeted = get_efx_model(build("gpt2"), TargetedDropoutConfig(granularity="unit", target_modules=["c_fc"]))
+    pruned, small = build("gpt2"), build("gpt2")
+    prune(pruned, 0.5)
+    prune(small, 0.5, "unit", target_modules=["c_fc"])
+    models = {"targeted": targeted, "pruned": pruned, "small": shrink(small)}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    tokens = BY_NAME["gpt2"].batch()["input_ids"]
+    torch.save(tokens, tmp_path / "tokens.pt")
     code = """
-        import sys
+        import sys, torch
         from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        folder = sys.argv[1]
+        for name in sys.argv[2:]:
+            model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}").eval()
+            torch.save(model(torch.load(f"{folder}/tokens.pt")).logits, f"{folder}/{name}.pt")
+            layer = model.transformer.h[1].mlp.c_fc
+            zeros = sum(int((p == 0).sum()) for p in model.parameters())
+            print(type(layer).__name__, layer.weight.shape[1], zeros, sorted(getattr(model.config, "efx", {})))
         assert not any(name.split(".")[0] == "hf_efx" for name in sys.modules)
-        print(model.config.n_inner, tuple(model.transformer.h[1].mlp.c_fc.weight.shape), model.num_parameters())
         """
-    assert run_python(code, args=[tmp_path]).strip() == f"64 (32, 64) {model.num_parameters()}"
+    rows = run_python(code, args=[tmp_path, *models]).splitlines()
+    zeros = int(0.5 * sum(pruned.get_submodule(name).weight.numel() for name in default_targets(pruned)))
+    assert rows == [
+        "Conv1D 128 0 ['format_version', 'methods']",
+        f"Conv1D 128 {zeros} ['format_version', 'methods', 'pruned']",
+        "Conv1D 64 0 []",
+    ]
+    for name, model in models.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), model.eval()(tokens).logits), name
 
 
 def test_it_generates_and_trains_on() -> None:
@@ -160,6 +183,96 @@ def test_a_plain_chain_in_place_with_a_width_for_each_block() -> None:
     assert efx_record(model) is None
 
 
+class Between(nn.Module):
+    """Two blocks of a unit each layer, with something between emitter and reader."""
+
+    def __init__(self, between: nn.Module, width: int = 12) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.between, self.fc2 = nn.Linear(6, width), between, nn.Linear(width, 6)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + self.fc2(self.between(self.fc1(x))))
+
+
+class Depthwise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.expand, self.depthwise = nn.Conv2d(4, 12, 1), nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.project = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(self.depthwise(self.expand(x)))
+
+
+IMAGE, ROWS = torch.linspace(-1, 1, 4 * 25).view(1, 4, 5, 5), torch.linspace(-1, 1, 18).view(3, 6)
+FC = [Block("mlp", ["fc1"], ["fc2"])]
+BETWEEN: dict[str, tuple[Callable[[], nn.Module], list[Block], Any, str]] = {
+    "depthwise": (Depthwise, [Block("conv", ["expand"], ["project"])], IMAGE, "doesn't run.*RuntimeError"),
+    "slopes": (lambda: Between(nn.PReLU(12)), FC, ROWS, "doesn't run.*RuntimeError"),
+    "norm": (lambda: Between(nn.LayerNorm(12)), FC, (ROWS,), "doesn't run"),
+    "softmax": (lambda: Between(nn.Softmax(-1)), FC, {"x": ROWS}, "gives other outputs"),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_stands_between_is_found_before_the_model_is_touched(name: str) -> None:
+    make, blocks, inputs, words = BETWEEN[name]
+    model = nn.Sequential(make())
+    prune(model, 0.5, "unit", blocks=blocks)
+    before, record = copy.deepcopy(model.state_dict()), copy.deepcopy(efx_record(model))
+    if name != "softmax":  # which nothing but a trial shows
+        with pytest.raises(ValueError, match=r"shrink: 0.* holds 12 numbers, as many as there are units.*inputs="):
+            shrink(model, blocks=blocks)
+    with pytest.raises(ValueError, match=f"(?s)^shrink: without its pruned units.*{words}"):
+        shrink(model, blocks=blocks, inputs=inputs if not isinstance(inputs, dict) else (inputs["x"],))
+    assert efx_record(model) == record
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_trial_clears_what_only_looked_suspicious() -> None:
+    model = Between(nn.ReLU(), width=6)  # as many units as features, which the norm goes by
+    prune(model, 0.5, "unit", blocks=FC)
+    expected = model(ROWS)
+    with pytest.raises(ValueError, match=r"norm \(LayerNorm\) beside 'fc1' holds 6 numbers"):
+        shrink(model, blocks=FC)
+    state = torch.get_rng_state()
+    shrink(model, blocks=FC, inputs={"x": ROWS})
+    assert model.fc1.out_features == 3 and torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(model(ROWS), expected, rtol=0, atol=1e-5)
+
+
+def test_what_wraps_a_model_is_left_around_it() -> None:
+    compiled, parallel = torch.compile(build("gpt2"), backend="eager"), nn.DataParallel(build("gpt2"))
+    for model, inner in ((compiled, "_orig_mod"), (parallel, "module")):
+        prune(model, 0.5, "unit", target_modules=["c_fc"])  # pyright: ignore[reportArgumentType]
+        assert shrink(model) is model  # pyright: ignore[reportArgumentType]
+        assert getattr(model, inner).config.n_inner == 64 and efx_record(getattr(model, inner)) is None
+
+
+def mistral(blocks: Any = None) -> Any:
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    model = MistralForCausalLM(MistralConfig(vocab_size=64, num_hidden_layers=1, **sizes))
+    prune(model, 0.5, "unit", blocks=blocks)
+    return model
+
+
+class Scaled(GPT2LMHeadModel):
+    """A GPT-2 with a number for each unit that its config doesn't say."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for block in self.transformer.h:
+            block.mlp.act = nn.PReLU(128)  # pyright: ignore
+
+
 def unequal() -> Any:
     model = build("gpt2")
     with torch.no_grad():
@@ -168,13 +281,13 @@ def unequal() -> Any:
     return model
 
 
-def of(name: str, *arguments: Any, **options: Any) -> Callable[[], Any]:
-    def make() -> Any:
-        model = build(name)
-        prune(model, *arguments, **options)
-        return model
+def pruned(model: Any, *arguments: Any, **options: Any) -> Any:
+    prune(model, *arguments, **options)
+    return model
 
-    return make
+
+def of(name: str, *arguments: Any, **options: Any) -> Callable[[], Any]:
+    return lambda: pruned(build(name), *arguments, **options)
 
 
 def odd_heads() -> Any:
@@ -206,6 +319,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"T5Config has no field for fewer heads",
     ),
     "a ResNet's channels": (of("resnet", 0.5, "unit"), r"ResNetConfig has no field for this width"),
+    "a type that isn't known": (mistral, r"doesn't know which fields of MistralConfig.*gpt2, bert"),
+    "known blocks of a type that isn't": (
+        lambda: mistral([Block("mlp", ["gate_proj", "up_proj"], ["down_proj"])]),
+        r"doesn't know which fields of MistralConfig",
+    ),
+    "a class with more than its config says": (
+        lambda: pruned(Scaled(BY_NAME["gpt2"].config()), 0.5, "unit", target_modules=["c_fc"]),
+        r"act \(PReLU\) beside 'transformer.h.0.mlp.c_fc' holds 128 numbers",
+    ),
     "a count that the config refuses": (odd_heads, r"LlamaConfig refuses \{'num_attention_heads': 3"),
 }
 

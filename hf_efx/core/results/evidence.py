@@ -4,6 +4,7 @@ A study adds its rows to `StudyRows` as it goes, so that a killed one goes on; a
 file that is committed.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -73,9 +74,12 @@ def claim(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of what the figures rest on, and of this package."""
+    """Versions of Python, of what the figures rest on where it is installed, and of this package."""
     names = ("torch", "transformers", "accelerate", "peft", "datasets")
-    found = {name: importlib.metadata.version(name) for name in names}
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return {"python": platform.python_version(), **found, "hf_efx": __version__}
 
 

@@ -1,5 +1,6 @@
 """Intervals against published tables, claims against hand-worked figures, rows that survive a kill."""
 
+import importlib.metadata
 import json
 import math
 import os
@@ -139,7 +140,18 @@ def test_claim_over_a_diverged_run_does_not_hold():
         claim("x", source="ours", bar=1.0, measured=1.0, direction="below")  # type: ignore[arg-type]
 
 
-def test_results_round_trip(tmp_path):
+def _without(package):
+    found = importlib.metadata.distribution
+
+    def distribution(name):
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    return distribution
+
+
+def test_results_round_trip(tmp_path, monkeypatch):
     path = tmp_path / "results" / "low_rank.json"
     rows = [
         {"configuration": "a", "seed": np.int64(0), "loss": np.float32(0.5), "trace": np.arange(2), "bad": math.nan}
@@ -149,6 +161,9 @@ def test_results_round_trip(tmp_path):
     assert written["rows"] == [{"configuration": "a", "seed": 0, "loss": 0.5, "trace": [0, 1], "bad": None}]
     assert set(written) >= {"command", "versions", "machine", "data", "seeds", "rows", "claims"}
     assert set(versions()) == {"python", "torch", "transformers", "accelerate", "peft", "datasets", "hf_efx"}
+    with monkeypatch.context() as patch:  # a machine without datasets
+        patch.setattr(importlib.metadata, "distribution", _without("datasets"))
+        assert "datasets" not in versions() and "torch" in versions()
     assert written["machine"] == machine() and machine()["cores"] >= 1
     assert set(written["machine"]) == {"cores", "threads", "gpu", "cpu", "cpu units"} and written["machine"]["cpu"]
     assert [entry.name for entry in path.parent.iterdir()] == ["low_rank.json"]
