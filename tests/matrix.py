@@ -5,6 +5,8 @@ A new method joins with one line in `METHOD_ROWS`; a new architecture with one `
 configs, tiny and without dropout, so that a test can ask for equal numbers.
 """
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from hf_efx.core.model.method_config import EfxMethodConfig
 LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, CLASSES = 2, 32, 4, 64, 12, 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """A tiny model of one architecture.
 
@@ -35,7 +37,7 @@ class Architecture:
         lora_targets: Modules that a LoRA goes on.
         parts: Two disjoint sets of modules, for composing two configs.
         renamed_on_save: Whether transformers saves the dense model under an older layout's names, which its own
-            Trainer then can't resume from: it warns of missing keys and trains on from random layers.
+            Trainer then can't resume from, and ours can: it warns of missing keys and trains on from random layers.
         unmoved: Parameters that no gradient reaches, with the reason beside them.
     """
 
@@ -52,7 +54,7 @@ class Architecture:
 
     def build(self, seed: int = 0) -> Any:
         """The dense model with seeded random weights."""
-        return self.build_with(seed)
+        return copy.deepcopy(_dense(self, seed))
 
     def build_with(self, seed: int = 0, **fields: Any) -> Any:
         """The same with other values in some fields of its config."""
@@ -72,7 +74,7 @@ class Architecture:
         return getattr(transformers, self.auto_class)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A method on an architecture.
 
@@ -103,8 +105,19 @@ class Row:
 
     def build(self, seed: int = 0, **fields: Any) -> Any:
         """The efx model, its parameters moved off their starting values, so that one that a test loses shows."""
-        model = hf_efx.get_efx_model(self.architecture.build(seed), self.config(**fields))
-        return perturb(model)
+        if fields:
+            return perturb(hf_efx.get_efx_model(self.architecture.build(seed), self.config(**fields)))
+        return copy.deepcopy(_efx(self, seed))
+
+
+@functools.cache
+def _dense(architecture: Architecture, seed: int) -> Any:
+    return architecture.build_with(seed)
+
+
+@functools.lru_cache(maxsize=4)  # tests come row by row
+def _efx(row: Row, seed: int) -> Any:
+    return perturb(hf_efx.get_efx_model(row.architecture.build(seed), row.config()))
 
 
 def perturb(model: nn.Module, scale: float = 0.02) -> Any:
