@@ -70,7 +70,7 @@ def pruning_curve(
             with zeroed(zero for change in changes for zero in change.zeros):
                 points.append((fraction, as_figure(evaluate(model), metric)))
     better = not metric.endswith(_LOWER_IS_BETTER) if higher_is_better is None else higher_is_better
-    return PruningCurve(tuple(points), metric, better, plan.criterion)
+    return PruningCurve(tuple(points), metric, better, {"granularity": plan.granularity, "scope": plan.scope})
 
 
 class PruningCurveCallback(TrainerCallback):

@@ -100,18 +100,19 @@ class Dropping:
                 f"The config of targeted dropout was changed after it was put on: it says {now}, config.efx "
                 f"{self._put_on}. Call hf_efx.unload(model), then get_efx_model with the new one."
             )
+        there = dict(self.model.named_modules())
         for name, member in {**self.modules, **self.members}.items():
-            found = self.model.get_submodule(name)
-            if getattr(found, "base_layer", found) is not member:  # of an adapter on top
-                raise ValueError(
-                    f"Module {name!r} was replaced after targeted dropout was put on it (resize_token_embeddings does "
-                    f"that to an output layer). Call hf_efx.unload(model), then get_efx_model with the config again."
-                )
             weight: Any = member.weight
             if isinstance(weight, DTensor) or weight.numel() == 0:
                 raise ValueError(
                     f"{name}.weight is sharded (FSDP, DeepSpeed ZeRO-3), so that its weakest entries can't be found: "
                     f"train targeted dropout with DDP."
+                )
+            found = there.get(name)
+            if getattr(found, "base_layer", found) is not member:  # of an adapter on top
+                raise ValueError(
+                    f"Module {name!r} was replaced after targeted dropout was put on it (resize_token_embeddings does "
+                    f"that to an output layer). Call hf_efx.unload(model), then get_efx_model with the config again."
                 )
 
     def kept(self, name: str, shape: torch.Size, device: torch.device) -> torch.Tensor | None:

@@ -251,10 +251,14 @@ class PruningPlan:
         return [change for part, found in zip(self.parts, masks, strict=True) for change in part.changes(found)]
 
     @property
-    def criterion(self) -> dict[str, str]:
-        """Granularity and scope, of several parts each that there is."""
-        values = {name: dict.fromkeys(getattr(p, name) for p in self.parts) for name in ("granularity", "scope")}
-        return {name: ", ".join(found) for name, found in values.items()}
+    def granularity(self) -> str:
+        """Of its parts, each that there is."""
+        return ", ".join(dict.fromkeys(part.granularity for part in self.parts))
+
+    @property
+    def scope(self) -> str:
+        """Of its parts, each that there is."""
+        return ", ".join(dict.fromkeys(part.scope for part in self.parts))
 
     @torch.no_grad()
     def report(self, fraction: float) -> PruningReport:
@@ -262,7 +266,8 @@ class PruningPlan:
         parameters = list(self.model.parameters())
         return PruningReport(
             fraction=fraction,
-            **self.criterion,
+            granularity=self.granularity,
+            scope=self.scope,
             layers=[row for part in self.parts for row in part.rows()],
             parameters=sum(p.numel() for p in parameters),
             nonzero_parameters=sum(int(p.count_nonzero()) for p in parameters),
