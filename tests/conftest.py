@@ -1,5 +1,6 @@
 """Fixtures that several rooms of the suite use."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -12,6 +13,12 @@ import pytest
 from hub_server import HubServer
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Takes what was imported out of the garbage collector's sight: each `Trainer.train` has it look at everything."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
