@@ -9,9 +9,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_efx.core.training.step_context import StepContextCallback
 from hf_efx.core.training.step_cost import TrainingClock
-from hf_efx.slice_out.layers import Span
+from hf_efx.slice_out.apply import spans_of
 from hf_efx.slice_out.report import Passes, output_loss
-from hf_efx.slice_out.spans import spans_of
+from hf_efx.slice_out.span import Span
 
 
 class SliceOutCallback(StepContextCallback):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_efx.core.data.fingerprints import data_fingerprint
 from hf_efx.core.model.adapter import get_efx_model, unload
+from hf_efx.core.model.block_units import owner_of
 from hf_efx.core.results.plots import matplotlib_pyplot
 from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.core.training.checkpoints import last_complete_checkpoint
@@ -41,7 +42,6 @@ from hf_efx.programs.task_run import (
     write_runs,
 )
 from hf_efx.programs.tasks import LearningTask, TaskModelOptions, TaskOptions
-from hf_efx.slice_out.blocks import own_dropouts, owner_of
 from hf_efx.slice_out.callback import SliceOutCallback
 from hf_efx.slice_out.config import SliceOutConfig
 
@@ -198,7 +198,7 @@ def _compared_model(
         ValueError: If the blocks can't be sliced, or have no dropout where one is asked for.
     """
     model = _dense_model(task, model_options, seed)
-    rates = own_dropouts(model, config)
+    rates = config.own_dropouts(model)
     if name == "dropout" and not rates:
         raise ValueError(
             f"compare='dropout': {type(model).__name__} has no dropout of its own on the blocks that are sliced: "

@@ -116,12 +116,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "blocks that aren't there": (
         net,
         {"blocks": [Block("mlp", ["fc1"], ["fc2"])]},
-        r"no module of Sequential has all of fc1, fc2 below it",
+        r"no module of Sequential is called .fc1.",
     ),
     "blocks of two sizes": (
         lambda: net(second=nn.Linear(12, 8)),
         {"blocks": [MLP], **HALF},
-        r"block 'first' emits 16 units, but 'second' has 12",
+        r"Block 'first' emits 16 units, but 'second' has 12",
     ),
     "no block of this kind": (BY_NAME["gpt2"].build, {"targets": ["conv"]}, r"choose no block of GPT2LMHeadModel"),
     "no block of this name": (

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_efx import EfxTrainer, SliceOutCallback, SliceOutConfig, get_efx_model, step_context
 from hf_efx.core.model.adapter import efx_record
 from hf_efx.core.training.step_context import StepContext, StepContextCallback
-from hf_efx.slice_out.spans import spans_of
+from hf_efx.slice_out.apply import spans_of
 
 GPT2 = next(architecture for architecture in ARCHITECTURES if architecture.name == "gpt2")
 WIDTHS = {"slice_out/mlp_width", "slice_out/attention_width"}
