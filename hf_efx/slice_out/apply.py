@@ -4,8 +4,10 @@ Beside the members' classes three things change while the method is on: attribut
 follow the slice, the dropouts of sliced blocks are 0, and a hook refuses what can't be trained.
 """
 
+import copy
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,8 +47,8 @@ class SlicedBias(nn.Embedding):
         return F.embedding(input, self.weight.index_select(1, kept))
 
 
-def put_on(model: nn.Module, plan: Plan, **options: Any) -> None:
-    """Carries a plan out; does nothing where it is carried out already.
+def put_on(model: nn.Module, plan: Plan, **options: Any) -> bool:
+    """Carries a plan out; does nothing, and returns False, where it is carried out already.
 
     Args:
         model: The model.
@@ -59,7 +61,7 @@ def put_on(model: nn.Module, plan: Plan, **options: Any) -> None:
     """
     _check_plan(plan)
     if _members(model, plan):
-        return
+        return False
     context = attach_step_context(model)
     spans = {
         spec["emits"]["span"]: Span(name, context=context, **spec["span"], **options)
@@ -71,6 +73,7 @@ def put_on(model: nn.Module, plan: Plan, **options: Any) -> None:
     if _HOOK not in model.__dict__:
         model.__dict__[_HOOK] = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         context.listeners.append(functools.partial(_at_step_begin, model))
+    return True
 
 
 def _put_on(module: nn.Module, spec: dict[str, Any], spans: dict[int, Span]) -> None:
@@ -178,9 +181,36 @@ def _new(base: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
 # --- what happens at each step and each forward
 
 
+def watch_settings(model: nn.Module, settings: Callable[[], dict[str, Any]]) -> None:
+    """Refuses to begin a step once the settings aren't those of now any more: they were read when slices were put on.
+
+    Args:
+        model: A model with slices.
+        settings: Gives them, by name.
+    """
+    listener = functools.partial(_refuse_changes, settings, copy.deepcopy(settings()))
+    attach_step_context(model).listeners.append(listener)
+
+
+def _refuse_changes(settings: Callable[[], dict[str, Any]], before: dict[str, Any]) -> None:
+    now = settings()
+    for name in before | now if now != before else ():
+        if now.get(name) != before.get(name):
+            raise ValueError(
+                f"SliceOutConfig.{name} was changed after get_efx_model, from {before.get(name, 'its default')!r} to "
+                f"{now.get(name, 'its default')!r}, which the model's slices don't know of. Put them on anew: "
+                f"get_efx_model(unload(model), config)."
+            )
+
+
 def _at_step_begin(model: nn.Module) -> None:
-    """Tells the spans their width, and takes in adapters that came on top."""
+    """Tells the spans their width, and takes in adapters that came on top.
+
+    Raises:
+        ValueError: If the run would have no sliced step, or an adapter can't train on slices.
+    """
     for span in spans_of(model):
+        span.schedule.check_length(span.context.max_steps)
         span.refresh()
     if hasattr(model, "peft_config"):
         _take_adapters_in(model)

@@ -11,7 +11,9 @@ from hf_efx.core.model.block_map import KINDS, Block, FoundBlock, block_entry, b
 from hf_efx.core.model.block_units import model_blocks, named
 from hf_efx.core.model.method_config import EfxMethodConfig
 from hf_efx.core.model.peft_bridge import EfxType, RefusingTuner, register_adapter
-from hf_efx.slice_out.apply import put_on, take_off
+from hf_efx.core.model.probe import what_breaks
+from hf_efx.core.training.step_context import step_context
+from hf_efx.slice_out.apply import put_on, take_off, watch_settings
 from hf_efx.slice_out.blocks import check_model, check_modules, own_dropouts, plan_blocks
 from hf_efx.slice_out.schedule import NORMALIZATIONS, STARTS, RateSchedule, slice_width
 
@@ -194,7 +196,26 @@ class SliceOutConfig(EfxMethodConfig):
         """
         found, rates = self._blocks(model)
         check_model(model, found, rates, self.attention)
-        return plan_blocks(model, found, rates, attention=self.attention, align=self.align)
+        plan = plan_blocks(model, found, rates, attention=self.attention, align=self.align)
+        if self.blocks is not None or _has_foreign_code(model):  # the rest is as tried out for the block map
+            self._try_out(model, plan)
+        return plan
+
+    def _try_out(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
+        """Refuses a model whose forward fails on slices."""
+
+        def slice_it(copy: nn.Module) -> None:
+            put_on(copy, plan, schedule=RateSchedule(), **self._span_options())
+            context = step_context(copy)
+            assert context is not None
+            context.begin_step(0)
+
+        if broken := what_breaks(model, slice_it):
+            raise ValueError(
+                f"SliceOutConfig: with slices {broken}. Between the modules that emit units and those that read them "
+                f"may stand only what takes any number of units and treats each alone (see Block). Leave that block "
+                f"out with exclude_modules, or name another."
+            )
 
     def own_dropouts(self, model: nn.Module) -> dict[str, float]:
         """The model's own dropouts on the blocks that are sliced: an attribute's path -> that block's rate.
@@ -262,15 +283,17 @@ class SliceOutConfig(EfxMethodConfig):
 
     def apply(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Gives the planned modules their sliced classes; what is on already stays as it is."""
-        put_on(
-            model,
-            plan,
-            starts=self.starts,
-            normalization=self.normalization,
-            shared=self.same_on_all_ranks,
-            schedule=RateSchedule(self.ramp_steps, self.final_dense_steps),
-            accumulate_in_place=self.accumulate_in_place,
-        )
+        schedule = RateSchedule(self.ramp_steps, self.final_dense_steps)
+        if put_on(model, plan, schedule=schedule, **self._span_options()):
+            watch_settings(model, self.method_fields)
+
+    def _span_options(self) -> dict[str, Any]:
+        return {
+            "starts": self.starts,
+            "normalization": self.normalization,
+            "shared": self.same_on_all_ranks,
+            "accumulate_in_place": self.accumulate_in_place,
+        }
 
     def restore(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """The same as `apply`: there are no values to start."""
@@ -279,6 +302,13 @@ class SliceOutConfig(EfxMethodConfig):
     def merge(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Gives the modules their own classes and dropouts back."""
         take_off(model, plan)
+
+
+def _has_foreign_code(model: nn.Module) -> bool:
+    """Whether a model has modules that aren't as transformers or torch has them."""
+    return any(
+        type(m).__module__.partition(".")[0] not in ("transformers", "torch", "hf_efx") for m in model.modules()
+    )
 
 
 register_adapter(EfxType.EFX_SLICE_OUT, SliceOutConfig, RefusingTuner)
