@@ -9,9 +9,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_efx.core.training.step_context import StepContextCallback
 from hf_efx.core.training.step_cost import TrainingClock
-from hf_efx.slice_out.layers import Span
+from hf_efx.slice_out.apply import spans_of
 from hf_efx.slice_out.report import Passes, output_loss
-from hf_efx.slice_out.spans import spans_of
+from hf_efx.slice_out.span import Span
 
 
 class SliceOutCallback(StepContextCallback):
@@ -20,17 +20,16 @@ class SliceOutCallback(StepContextCallback):
     An EfxTrainer moves them without it; there it adds the figures alone.
 
     Args:
-        measure_time: Whether to time the run's first batch after its first step, a few forward and backward passes,
-            dense and sliced; the figures on time come from it. It changes nothing of the training. It is left out
-            where parameters are sharded (FSDP, DeepSpeed) and under torch_compile.
+        measure_time: Whether to time the first micro-batch after the run's first step, six forward and backward
+            passes, dense and sliced in turn; the figures on time come from it. It changes nothing of the training.
         clock: A clock of the same Trainer that isn't to count this measurement.
 
     Raises:
-        ValueError: When training begins, if the model has no slices, the run would have no sliced step, or it asks for
-            a KV cache.
+        ValueError: When training begins, if the model has no slices, the run asks for a KV cache, or time can't be
+            measured; at its first step, if it would have no sliced one.
     """
 
-    def __init__(self, measure_time: bool = True, clock: TrainingClock | None = None) -> None:
+    def __init__(self, measure_time: bool = False, clock: TrainingClock | None = None) -> None:
         super().__init__()
         self.measure_time, self.clock = measure_time, clock
         self.spans: list[Span] = []
@@ -57,18 +56,19 @@ class SliceOutCallback(StepContextCallback):
                 "use_cache=True: SliceOut keeps other heads at each step, so that a KV cache of one fits no other. "
                 "Leave it at False; generation and evaluation use their own."
             )
-        for span in self.spans:
-            if span.schedule.final_dense_steps >= state.max_steps:
-                raise ValueError(
-                    f"final_dense_steps={span.schedule.final_dense_steps} leaves no sliced step of max_steps="
-                    f"{state.max_steps}: lower it, or train longer."
-                )
-        self._batch, self._times, self._saved = None, None, 0.0
-        if self.measure_time and not (args.fsdp or args.deepspeed or args.torch_compile):
-            self._hook = model.register_forward_pre_hook(self._keep_batch, with_kwargs=True)
+        if self.measure_time and (args.fsdp or args.deepspeed or args.torch_compile):
+            raise ValueError(
+                "SliceOutCallback(measure_time=True): passes can't be timed where parameters are sharded (fsdp, "
+                "deepspeed) or under torch_compile=True. Leave measure_time at False."
+            )
+        self._batch, self._times, self._saved, self._micro_steps = None, None, 0.0, 0
+        if self._hook is not None:  # of a training that was cut off
+            self._hook.remove()
+        self._hook = model.register_forward_pre_hook(self._keep_batch, with_kwargs=True) if self.measure_time else None
 
     def _keep_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._batch is None and model.training:
+        """Keeps the first batch of a training step; a selecting Trainer scores outside of steps."""
+        if self._batch is None and model.training and self.context is not None and self.context.active:
             self._batch = args, kwargs
 
     def on_step_begin(

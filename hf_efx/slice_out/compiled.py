@@ -1,84 +1,20 @@
 """The sliced layers under torch.compile: one graph for all starts of a width.
 
 A start in the graph would be a constant, and each new one a recompilation. Here a start comes out of an opaque
-operator as a tensor, and the products are opaque operators too, which read it. Which width holds is a number on the
-span (`Span.width`), so a ramp compiles once per width.
+operator of `span.py` as a tensor, and the products are opaque operators too, which read it. Which width holds is a
+number on the span (`Span.width`), so a ramp compiles once per width.
 """
 
-import itertools
-from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from typing import Any
 
 import torch
 from torch import nn
 
 from hf_efx.slice_out.functional import autocast_input, linear_backward, linear_forward, padded, whole
 from hf_efx.slice_out.schedule import Ranges, Slice
+from hf_efx.slice_out.span import Span, slice_columns, slice_scale, slice_start
 
-if TYPE_CHECKING:
-    from hf_efx.slice_out.layers import Span
-
-# Operators take numbers and tensors alone, so spans go by number.
-_SPANS: "WeakValueDictionary[int, Span]" = WeakValueDictionary()
-_NUMBERS = itertools.count(1)
 _ALL = (0, 0, 0, 0)  # the geometry of a side that isn't sliced
-
-
-def register_span(span: "Span") -> int:
-    """A number for the span, under which operators find it while it lives."""
-    number = next(_NUMBERS)
-    _SPANS[number] = span
-    return number
-
-
-def _drawn(number: int, width: int) -> Slice:
-    span = _SPANS[number]
-    drawn = span.current()
-    now = span.size if drawn is None else drawn.width
-    if drawn is None or now != width:
-        raise RuntimeError(
-            f"{span.name}: compiled for a width of {width}, while {now} of {span.size} units are due. A rate that "
-            f"moves needs Span.refresh() at the beginning of each step, which SliceOutCallback and EfxTrainer call."
-        )
-    return drawn
-
-
-# Tagged, so that no pass takes them for constants.
-@torch.library.custom_op("hf_efx::slice_start", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def slice_start(span: int, width: int) -> torch.Tensor:
-    """The start of a span's slice of this moment, int64 [], on the CPU."""
-    return torch.tensor(_drawn(span, width).start)
-
-
-@slice_start.register_fake
-def _(span: int, width: int) -> torch.Tensor:
-    return torch.empty((), dtype=torch.int64)
-
-
-@torch.library.custom_op("hf_efx::slice_columns", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def slice_columns(span: int, width: int, unit: int, blocks: int, device: torch.device) -> torch.Tensor:
-    """The columns that a span's slice of this moment holds, int64 [blocks * width * unit]."""
-    ranges = _drawn(span, width).ranges(unit, blocks)
-    return torch.cat([torch.arange(start, stop, device=device) for start, stop in ranges])
-
-
-@slice_columns.register_fake
-def _(span: int, width: int, unit: int, blocks: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(blocks * width * unit, dtype=torch.int64, device=device)
-
-
-@torch.library.custom_op("hf_efx::slice_scale", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def slice_scale(span: int, width: int, unit: int, blocks: int, device: torch.device) -> torch.Tensor:
-    """What these columns are multiplied by, float32 [blocks * width * unit]."""
-    scale = _SPANS[span].scale_for(width, unit, blocks, device)
-    if not isinstance(scale, torch.Tensor):
-        return torch.full((blocks * width * unit,), scale, device=device)
-    return torch.cat([scale[start:stop] for start, stop in _drawn(span, width).ranges(unit, blocks)])
-
-
-@slice_scale.register_fake
-def _(span: int, width: int, unit: int, blocks: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(blocks * width * unit, dtype=torch.float32, device=device)
 
 
 def _ranges(start: torch.Tensor | None, geometry: list[int], dim: int) -> Ranges:
@@ -159,7 +95,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
 sliced_linear_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _geometry(span: "Span | None", sliced: bool, dim: int, blocks: int) -> tuple[int, int, int, int] | None:
+def _geometry(span: Span | None, sliced: bool, dim: int, blocks: int) -> tuple[int, int, int, int] | None:
     """Size, width, unit and blocks of one side of a layer, None where it isn't sliced."""
     if span is None or not sliced or not span.context.active or span.width == span.size:
         return None

@@ -4,14 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from peft.utils.other import get_pattern_key
 from torch import nn
 
-from hf_efx.core.model.block_map import KINDS, Block, block_entry, block_fields
+from hf_efx.core.model.block_map import KINDS, Block, FoundBlock, block_entry, block_fields
+from hf_efx.core.model.block_units import model_blocks, named
 from hf_efx.core.model.method_config import EfxMethodConfig
 from hf_efx.core.model.peft_bridge import EfxType, RefusingTuner, register_adapter
-from hf_efx.slice_out.blocks import choose_blocks, plan_blocks
-from hf_efx.slice_out.schedule import NORMALIZATIONS, STARTS, slice_width
-from hf_efx.slice_out.spans import put_on, take_off
+from hf_efx.core.model.probe import what_breaks
+from hf_efx.core.training.step_context import step_context
+from hf_efx.slice_out.apply import put_on, take_off, watch_settings
+from hf_efx.slice_out.blocks import check_model, check_modules, own_dropouts, plan_blocks
+from hf_efx.slice_out.schedule import NORMALIZATIONS, STARTS, RateSchedule, slice_width
 
 ATTENTION = ("heads", "head_dim")
 
@@ -176,14 +180,13 @@ class SliceOutConfig(EfxMethodConfig):
             result["blocks"] = [block_fields(block) for block in self.blocks]
         return result
 
-    def rate_of(self, kind: str) -> float:
-        """The rate of a kind of block, before rate_pattern; 0 where `rate` doesn't name it."""
-        return self.rate.get(kind, 0.0) if isinstance(self.rate, dict) else self.rate
-
     def match(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules of all chosen blocks, by name; see `EfxMethodConfig.match`."""
-        blocks = choose_blocks(model, self)
-        return {name: model.get_submodule(name) for block in blocks for name in block.members}
+        found, rates = self._blocks(model)
+        chosen = [block for block in found if rates[block.name]]
+        for block in chosen:
+            check_modules(model, block)
+        return {name: model.get_submodule(name) for block in chosen for name in block.members}
 
     def plan(self, model: nn.Module, targets: dict[str, nn.Module], pretrained: bool) -> dict[str, dict[str, Any]]:
         """Which units each module emits or reads, and what is set while the method is on.
@@ -191,7 +194,71 @@ class SliceOutConfig(EfxMethodConfig):
         Raises:
             ValueError: Where a block can't be sliced as the config says; the reason and the way out are named.
         """
-        return plan_blocks(model, self, choose_blocks(model, self))
+        found, rates = self._blocks(model)
+        check_model(model, found, rates, self.attention)
+        plan = plan_blocks(model, found, rates, attention=self.attention, align=self.align)
+        if self.blocks is not None or _has_foreign_code(model):  # the rest is as tried out for the block map
+            self._try_out(model, plan)
+        return plan
+
+    def _try_out(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
+        """Refuses a model whose forward fails on slices."""
+
+        def slice_it(copy: nn.Module) -> None:
+            put_on(copy, plan, schedule=RateSchedule(), **self._span_options())
+            context = step_context(copy)
+            assert context is not None
+            context.begin_step(0)
+
+        if broken := what_breaks(model, slice_it):
+            raise ValueError(
+                f"SliceOutConfig: with slices {broken}. Between the modules that emit units and those that read them "
+                f"may stand only what takes any number of units and treats each alone (see Block). Leave that block "
+                f"out with exclude_modules, or name another."
+            )
+
+    def own_dropouts(self, model: nn.Module) -> dict[str, float]:
+        """The model's own dropouts on the blocks that are sliced: an attribute's path -> that block's rate.
+
+        Raises:
+            ValueError: As `match`.
+        """
+        self.match(model)
+        return own_dropouts(*self._blocks(model))
+
+    def _blocks(self, model: nn.Module) -> tuple[list[FoundBlock], dict[str, float]]:
+        """All blocks of a model, and the rate of each by its name: 0 for those that stay dense.
+
+        Raises:
+            ValueError: If the model has no blocks, a pattern matches none, or none is chosen.
+        """
+        found = model_blocks(model, self.blocks)
+        if not found:
+            raise ValueError(
+                f"SliceOutConfig: hf_efx knows no blocks of {type(model).__name__}. Name them, for example "
+                f"SliceOutConfig(blocks=[Block('mlp', emits=['fc1'], reads=['fc2'])]), names relative to any module."
+            )
+        patterns = {block.name: get_pattern_key(list(self.rate_pattern), block.name) for block in found}
+        for pattern in self.rate_pattern:
+            if pattern not in patterns.values():
+                raise ValueError(
+                    f"rate_pattern[{pattern!r}] matches no block. Blocks are called by their first modules, for "
+                    f"example {found[0].name!r}."
+                )
+        rates = {}
+        for block in found:
+            kind = block.block.kind
+            rate = self.rate.get(kind, 0.0) if isinstance(self.rate, dict) else self.rate
+            chosen = kind in self.targets and named(block.members, self)
+            rates[block.name] = float(self.rate_pattern.get(patterns[block.name], rate)) if chosen else 0.0
+        if not any(rates.values()):
+            raise ValueError(
+                f"SliceOutConfig: targets={self.targets!r}, rate={self.rate!r}, target_modules="
+                f"{self.target_modules!r} (exclude_modules={self.exclude_modules!r}, layers_to_transform="
+                f"{self.layers_to_transform!r}) choose no block of {type(model).__name__}. Its blocks are called by "
+                f"their first modules, among others: {', '.join(sorted(rates)[:6])}."
+            )
+        return found, rates
 
     def describe(self, plan: dict[str, dict[str, Any]]) -> dict[str, str]:
         """See `EfxMethodConfig.describe`."""
@@ -216,15 +283,32 @@ class SliceOutConfig(EfxMethodConfig):
 
     def apply(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Gives the planned modules their sliced classes; what is on already stays as it is."""
-        put_on(model, self, plan)
+        schedule = RateSchedule(self.ramp_steps, self.final_dense_steps)
+        if put_on(model, plan, schedule=schedule, **self._span_options()):
+            watch_settings(model, self.method_fields)
+
+    def _span_options(self) -> dict[str, Any]:
+        return {
+            "starts": self.starts,
+            "normalization": self.normalization,
+            "shared": self.same_on_all_ranks,
+            "accumulate_in_place": self.accumulate_in_place,
+        }
 
     def restore(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """The same as `apply`: there are no values to start."""
-        put_on(model, self, plan)
+        self.apply(model, plan)
 
     def merge(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Gives the modules their own classes and dropouts back."""
         take_off(model, plan)
+
+
+def _has_foreign_code(model: nn.Module) -> bool:
+    """Whether a model has modules that aren't as transformers or torch has them."""
+    return any(
+        type(m).__module__.partition(".")[0] not in ("transformers", "torch", "hf_efx") for m in model.modules()
+    )
 
 
 register_adapter(EfxType.EFX_SLICE_OUT, SliceOutConfig, RefusingTuner)

@@ -297,7 +297,7 @@ def sliced_linear(
 def autocast_input(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x in the dtype in which the product is to be taken."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
 

@@ -4,7 +4,7 @@ A module is swapped by its class, in place: parameters, state-dict keys and hook
 units (the two layers of an FFN, the projections of an attention) share a `Span`, which draws their slice.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,125 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_efx.core.model.swap import hook_kept, swap_class
-from hf_efx.core.training.step_context import StepContext
 from hf_efx.slice_out import compiled
 from hf_efx.slice_out.functional import length, sliced_conv2d, sliced_linear
-from hf_efx.slice_out.schedule import (
-    Ranges,
-    RateSchedule,
-    Slice,
-    draw_slice,
-    rounded_width,
-    scale,
-    slice_width,
-    start_positions,
-)
-
-
-class Span:
-    """A group of units of which one slice is kept at a time, shared by the modules that emit and read it.
-
-    Args:
-        name: Under which its starts are drawn: spans of one name and shape draw alike.
-        size: Number of units: hidden columns, channels, heads, or groups of heads. Members find out themselves how
-            many columns of theirs a unit has.
-        rate: Share of the units that is dropped, from 0 to below 1.
-        context: Where the run is, and its random numbers.
-        starts: "aligned", "all" or "circular", see `schedule.start_positions`.
-        align: Multiple, in units, of width and aligned starts.
-        normalization: "flow" or "probabilistic", see `schedule.scale`. The modules that read apply it.
-        shared: True for one slice on all processes, False for one of each process' own.
-        schedule: How the rate moves over training; one object serves all spans of a model.
-        accumulate_in_place: Write gradients of linear members into `weight.grad` directly; refused where hooks or
-            distributed training would be bypassed. Under torch.compile they take the normal way.
-
-    Attributes:
-        kind: "mlp", "attention" or "conv", for reports.
-
-    Raises:
-        ValueError: If no such slice exists.
-    """
-
-    kind: str = "mlp"
-
-    def __init__(
-        self,
-        name: str,
-        size: int,
-        rate: float,
-        context: StepContext,
-        *,
-        starts: str = "aligned",
-        align: int = 1,
-        normalization: str = "flow",
-        shared: bool = False,
-        schedule: RateSchedule | None = None,
-        accumulate_in_place: bool = False,
-    ) -> None:
-        self.name, self.size, self.rate, self.context = name, size, rate, context
-        self.starts, self.align, self.normalization, self.shared = starts, align, normalization, shared
-        self.schedule = schedule or RateSchedule()
-        self.accumulate_in_place = accumulate_in_place
-        try:
-            width = slice_width(size, rate, align)
-            start_positions(size, width, starts, align)
-            scale(size, width, normalization, starts, align)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        self.width = width
-        self.number = compiled.register_span(self)
-        self._drawn: tuple[int, int, Slice] | None = None
-        self._scales: dict[Any, float | torch.Tensor] = {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or what was unpickled, is a span of its own."""
-        self.__dict__.update(state)
-        self.number = compiled.register_span(self)
-
-    def refresh(self) -> None:
-        """Takes the step's width over for compiled models: to be called at the beginning of a step if a rate moves."""
-        self.width = self.width_at(self.context.step)
-
-    def width_at(self, step: int) -> int:
-        """Units that are kept at optimizer step `step`; `size` where nothing is dropped."""
-        rate = self.rate * self.schedule.factor(step, self.context.max_steps)
-        # The ramp's first rates may round to no drop, but none to less than the final width.
-        return max(rounded_width(self.size, rate, self.align), slice_width(self.size, self.rate, self.align))
-
-    def current(self) -> Slice | None:
-        """The slice of this micro-step, the same however often it is asked for; None where nothing is dropped."""
-        seed = self.context.seed_for(self.name, shared=self.shared)
-        if seed is None or self.rate == 0:
-            return None
-        step = self.context.step
-        if self._drawn is None or self._drawn[:2] != (seed, step):
-            width = self.width_at(step)
-            generator = torch.Generator().manual_seed(seed)
-            self._drawn = seed, step, draw_slice(self.size, width, self.starts, self.align, generator=generator)
-        drawn = self._drawn[2]
-        return drawn if drawn.width < self.size else None
-
-    def kept(self) -> int | None:
-        """How many units are kept here and now, None for all; under torch.compile too."""
-        if torch.compiler.is_compiling():
-            return self.width if self.context.active and self.width < self.size else None
-        drawn = self.current()
-        return None if drawn is None else drawn.width
-
-    def index(self, unit: int, blocks: int, device: torch.device) -> torch.Tensor | None:
-        """The columns that are kept here and now, int64 [blocks * kept * unit], None for all; compiled too."""
-        kept = self.kept()
-        return None if kept is None else compiled.slice_columns(self.number, kept, unit, blocks, device)
-
-    def scale_for(self, width: int, unit: int, blocks: int, device: torch.device) -> float | torch.Tensor:
-        """What the readers multiply their inputs by: a number, or a tensor of all `blocks * size * unit` columns."""
-        key = width, unit, blocks, device
-        if key not in self._scales:
-            value = scale(self.size, width, self.normalization, self.starts, self.align)
-            if isinstance(value, torch.Tensor):
-                value = value.repeat_interleave(unit).repeat(blocks).to(device, torch.float32)
-            self._scales[key] = value
-        return self._scales[key]
+from hf_efx.slice_out.schedule import Ranges, Slice
+from hf_efx.slice_out.span import Span
 
 
 class SlicedMember(nn.Module):
@@ -297,21 +182,14 @@ SLICED: dict[type[nn.Module], type[SlicedMember]] = {
 }
 
 
-def attach(
-    module: nn.Module,
-    *,
-    emits: Span | None = None,
-    reads: Span | None = None,
-    channels: Span | None = None,
-    blocks: int = 1,
-) -> None:
-    """Makes a module a member of spans, by swapping its class in place.
+def attach(module: nn.Module, role: Literal["emits", "reads", "channels"], span: Span, blocks: int = 1) -> None:
+    """Makes a module a member of a span, by swapping its class in place.
 
     Args:
-        module: A Linear, Conv1D, Conv2d, or BatchNorm2d, or one that is a member already and takes a second role.
-        emits: Span whose slice it emits (an FFN's first layer; query, key and value).
-        reads: Span whose slice it reads and scales (an FFN's second layer; the attention's output projection).
-        channels: Span whose slice it passes on: BatchNorm2d alone.
+        module: A Linear, Conv1D, Conv2d or BatchNorm2d, or one that is a member already and takes a second role.
+        role: "emits" the span's slice (an FFN's first layer; query, key and value), "reads" and scales it (an FFN's
+            second layer; the attention's output projection), or, of a BatchNorm2d alone, passes on its "channels".
+        span: The span.
         blocks: How many times the span's units stand side by side in the module's columns: 3 where query, key and
             value are fused, the number of heads where a span is the head's width.
 
@@ -322,32 +200,23 @@ def attach(
     if dense not in SLICED:
         able = ", ".join(c.__name__ for c in SLICED)
         raise ValueError(f"{dense.__name__} can't be sliced: plain {able} can. Leave it out of the block.")
-    is_norm = dense is nn.BatchNorm2d
-    if not (emits or reads or channels) or is_norm != (channels is not None) or (is_norm and (emits or reads)):
-        raise ValueError(f"{dense.__name__}: a norm takes channels=span, other layers emits=span, reads=span or both.")
+    if (dense is nn.BatchNorm2d) != (role == "channels"):
+        raise ValueError(f"{dense.__name__}: a norm takes the role 'channels', other layers 'emits', 'reads' or both.")
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         raise ValueError(f"Conv2d with groups={module.groups}: grouped convolutions can't be sliced. Leave it out.")
-    for dim, span in zip(_dims(module), (channels or reads, channels or emits), strict=True):
-        if span is not None and dim % (blocks * span.size):
-            raise ValueError(
-                f"{span.name}: {dense.__name__} has {dim} columns, not a multiple of {blocks} blocks * {span.size} "
-                f"units."
-            )
-    if isinstance(module, SlicedMember):
-        if module.blocks != blocks or (emits and module.emits) or ((reads or channels) and module.reads):
-            raise ValueError(f"{dense.__name__} has this role already, or another number of blocks. Detach it first.")
-        module.emits, module.reads = emits or module.emits, reads or module.reads
-        return
-    with hook_kept(module):
-        swap_class(module, SLICED[dense])
-    for name, value in {"emits": emits, "reads": reads or channels, "blocks": blocks, "whole_class": dense}.items():
-        setattr(module, name, value)
-
-
-def emitted_width(module: nn.Module) -> int:
-    """Columns or channels that a layer's forward emits here and now: all of them, or those of the slice."""
-    ranges = module.out_ranges() if isinstance(module, SlicedMember) else None
-    return _dims(module)[1] if ranges is None else length(ranges)
+    dim = _dims(module)[1 if role == "emits" else 0]
+    if dim % (blocks * span.size):
+        raise ValueError(
+            f"{span.name}: {dense.__name__} has {dim} columns, not a multiple of {blocks} blocks * {span.size} units."
+        )
+    side = "emits" if role == "emits" else "reads"
+    if not isinstance(module, SlicedMember):
+        with hook_kept(module):
+            swap_class(module, SLICED[dense])
+        vars(module).update(emits=None, reads=None, blocks=blocks, whole_class=dense)
+    elif module.blocks != blocks or getattr(module, side) is not None:
+        raise ValueError(f"{dense.__name__} has this role already, or another number of blocks. Detach it first.")
+    setattr(module, side, span)
 
 
 def _dims(module: Any) -> tuple[int, int]:

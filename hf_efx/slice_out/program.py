@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from hf_efx.core.model.adapter import get_efx_model, unload
+from hf_efx.core.model.block_units import owner_of
 from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.core.training.step_cost import TrainingClock
 from hf_efx.core.training.trainer import EfxTrainer
@@ -24,7 +25,6 @@ from hf_efx.programs.frame import run_program
 from hf_efx.programs.task_report import Report, own_fields, report_runs
 from hf_efx.programs.task_run import CompareOptions, PlannedRun, TaskJob, program_defaults, task_trainer
 from hf_efx.programs.tasks import TaskModelOptions, TaskOptions
-from hf_efx.slice_out.blocks import own_dropouts, owner_of
 from hf_efx.slice_out.callback import SliceOutCallback
 from hf_efx.slice_out.config import SliceOutConfig
 
@@ -75,7 +75,7 @@ def _program(
     def sliced(args: Any) -> EfxTrainer:
         clock = TrainingClock()
         model = get_efx_model(unload(job.model()), config)  # slices that a checkpoint was trained with give way
-        return task_trainer(job.task, EfxTrainer, model, args, [SliceOutCallback(clock=clock), clock])
+        return task_trainer(job.task, EfxTrainer, model, args, [SliceOutCallback(measure_time=True, clock=clock), clock])
 
     def beside(name: str) -> PlannedRun:
         def whole(args: Any) -> EfxTrainer:
@@ -116,7 +116,7 @@ def _with_own_dropouts(model: PreTrainedModel, name: str, config: SliceOutConfig
     Raises:
         ValueError: If the blocks can't be sliced, or have no dropout where one is asked for.
     """
-    rates = own_dropouts(model, config)
+    rates = config.own_dropouts(model)
     if name == "dropout" and not rates:
         raise ValueError(
             f"compare='dropout': {type(model).__name__} has no dropout of its own on the blocks that are sliced: "

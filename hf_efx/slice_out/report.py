@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from hf_efx.core.training.step_context import step_context
-from hf_efx.slice_out.layers import SlicedMember, Span
+from hf_efx.slice_out.apply import spans_of
+from hf_efx.slice_out.layers import SlicedMember
 from hf_efx.slice_out.schedule import RateSchedule
-from hf_efx.slice_out.spans import spans_of
+from hf_efx.slice_out.span import Span
 
 # Matrix products, convolutions and attention kernels, forward and backward.
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product", "aten::convolution")

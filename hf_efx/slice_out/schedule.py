@@ -173,6 +173,25 @@ class RateSchedule:
     final_dense_steps: int = 0
     max_steps: int | None = None
 
+    def check_length(self, max_steps: int | None = None) -> None:
+        """Refuses a run without any sliced step.
+
+        Args:
+            max_steps: Length of the training, in the place of the attribute.
+
+        Raises:
+            ValueError: If the ramp, or the dense end, takes all steps of a training whose length is known.
+        """
+        length = self.max_steps if max_steps is None else max_steps
+        if length is None:
+            return
+        last = length - self.final_dense_steps - 1
+        if last < 0 or not self.factor(last, length):
+            raise ValueError(
+                f"ramp_steps={self.ramp_steps}, final_dense_steps={self.final_dense_steps} leave no sliced step of "
+                f"max_steps={length}: lower them, or train longer."
+            )
+
     def factor(self, step: int, max_steps: int | None = None) -> float:
         """What the rate is multiplied by at optimizer step `step` (from 0), from 0 to 1.
 

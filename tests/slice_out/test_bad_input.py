@@ -1,6 +1,7 @@
 """What SliceOut refuses, before the first step and with the model unharmed."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,13 @@ from matrix import ARCHITECTURES
 from torch import nn
 from transformers import DynamicCache
 
-from hf_efx import Block, EfxConfig, LowRankConfig, SliceOutConfig, get_efx_model, step_context
+from hf_efx import Block, EfxConfig, LowRankConfig, SliceOutConfig, get_efx_model, step_context, unload
 from hf_efx.core.model.adapter import efx_record
 from slice_out.architectures import MORE
 
 BY_NAME = {architecture.name: architecture for architecture in (*ARCHITECTURES, *MORE)}
 MLP = Block("mlp", emits=["first"], reads=["second"])
+MLP2 = Block("mlp", emits=["first"], reads=["second"], dropouts=["p"])
 HALF = {"rate": 0.5, "align": 2}
 
 
@@ -25,6 +27,27 @@ def net(**layers: nn.Module) -> nn.Sequential:
     model = nn.Sequential()
     for name, layer in ({"first": nn.Linear(8, 16), "second": nn.Linear(16, 8)} | layers).items():
         model.add_module(name, layer)
+    return model
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Own(nn.Identity):
+    """A module that transformers doesn't have."""
+
+
+def between(layer: nn.Module, first: nn.Module | None = None, second: nn.Module | None = None) -> nn.Sequential:
+    """A network with a layer between the two of its block."""
+    layers = [first or nn.Linear(8, 16), layer, second or nn.Linear(16, 8)]
+    return nn.Sequential(OrderedDict(zip(("first", "between", "second"), layers, strict=True)))
+
+
+def normalised_gpt2() -> nn.Module:
+    model: Any = BY_NAME["gpt2"].build()
+    model.transformer.h[0].mlp.act = nn.Sequential(nn.LayerNorm(128), Own())
     return model
 
 
@@ -116,12 +139,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "blocks that aren't there": (
         net,
         {"blocks": [Block("mlp", ["fc1"], ["fc2"])]},
-        r"no module of Sequential has all of fc1, fc2 below it",
+        r"no module of Sequential is called .fc1.",
     ),
     "blocks of two sizes": (
         lambda: net(second=nn.Linear(12, 8)),
         {"blocks": [MLP], **HALF},
-        r"block 'first' emits 16 units, but 'second' has 12",
+        r"Block 'first' emits 16 units, but 'second' has 12",
     ),
     "no block of this kind": (BY_NAME["gpt2"].build, {"targets": ["conv"]}, r"choose no block of GPT2LMHeadModel"),
     "no block of this name": (
@@ -165,10 +188,35 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         {"blocks": [CONV], **HALF},
         r"'first' can't be sliced.*grouped convolution",
     ),
-    "a layer of another kind": (
-        lambda: net(second=nn.Bilinear(16, 16, 8)),
+    "a subclass with a forward of its own": (
+        lambda: net(second=Doubled(16, 8)),
         {"blocks": [MLP], **HALF},
-        r"'second' can't be sliced, since it is a Bilinear",
+        r"'second' can't be sliced, since it is a Doubled",
+    ),
+    "a depthwise convolution between": (
+        lambda: between(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)),
+        {"blocks": [Block("conv", ["first"], ["second"])], **HALF},
+        r"the forward of module 'between', Conv2d\(16, 16, .*groups=16\), fails .*treats each alone",
+    ),
+    "a slope for each unit": (
+        lambda: between(nn.PReLU(16)),
+        {"blocks": [MLP], **HALF},
+        r"the forward of module 'between', PReLU\(num_parameters=16\), fails",
+    ),
+    "units that are reshaped": (
+        lambda: between(nn.Sequential(nn.Unflatten(1, (4, 4)), nn.Flatten())),
+        {"blocks": [MLP], **HALF},
+        r"the forward of module 'between.0', Unflatten\(.*fails",
+    ),
+    "a mapped model whose code was changed": (
+        normalised_gpt2,
+        {"targets": ["mlp"], **HALF},
+        r"the forward of module 'transformer.h.0.mlp.act.0', LayerNorm\(\(128,\).*fails",
+    ),
+    "blocks that another row took": (
+        net,
+        {"blocks": [MLP, MLP2], **HALF},
+        r"the rows before it name its modules in Sequential already",
     ),
     "the model's own layerdrop": (
         lambda: BY_NAME["marian"].build_with(encoder_layerdrop=0.1),
@@ -258,13 +306,38 @@ def test_gradients_in_place_past_a_hook() -> None:
         model(**BY_NAME["gpt2"].batch()).loss.backward()
 
 
-def test_final_dense_steps_without_a_length() -> None:
-    model = get_efx_model(BY_NAME["gpt2"].build(), SliceOutConfig(final_dense_steps=2, **HALF))
+def test_lengths_of_a_run() -> None:
+    model = get_efx_model(BY_NAME["gpt2"].build(), SliceOutConfig(ramp_steps=8, final_dense_steps=2, **HALF))
     context: Any = step_context(model)
-    with pytest.raises(ValueError, match="final_dense_steps=2.*max_steps"):
+    with pytest.raises(ValueError, match="final_dense_steps=2: the length of the training isn't known.*max_steps"):
         context.begin_step(0)
-    context.max_steps = 4
+    for length in (2, 4):  # all dense, and dense after the first two steps of a ramp that starts at 0
+        context.max_steps = length
+        with pytest.raises(ValueError, match=f"ramp_steps=8, final_dense_steps=2 leave no sliced.*max_steps={length}"):
+            context.begin_step(0)
+    context.max_steps = 5  # the third step of the ramp is its second stair
     context.begin_step(0)
+
+
+def test_settings_that_are_changed_later() -> None:
+    config = SliceOutConfig(rate={"mlp": 0.5}, align=2)
+    model = get_efx_model(BY_NAME["gpt2"].build(), config)
+    context, other = step_context(model), copy.deepcopy(model)
+    assert context is not None
+    context.begin_step(0)
+    assert isinstance(config.rate, dict)
+    config.rate["mlp"] = 0.25
+    with pytest.raises(ValueError, match=r"SliceOutConfig.rate was changed.*from {'mlp': 0.5} to {'mlp': 0.25}"):
+        context.begin_step(1)
+    step_context(other).begin_step(1)  # pyright: ignore  (a copy has a config of its own)
+    config.rate["mlp"] = 0.5
+    context.begin_step(1)
+    config.starts = "all"
+    with pytest.raises(ValueError, match=r"SliceOutConfig.starts was changed after get_efx_model.*unload\(model\)"):
+        context.begin_step(2)
+    context = step_context(get_efx_model(unload(model), config))
+    assert context is not None
+    context.begin_step(2)
 
 
 def test_a_record_that_was_edited() -> None:

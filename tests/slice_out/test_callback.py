@@ -6,13 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from matrix import ARCHITECTURES
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_efx import EfxTrainer, SliceOutCallback, SliceOutConfig, get_efx_model, step_context
+from hf_efx import (
+    EfxTrainer,
+    RHOLossArguments,
+    RHOLossTrainer,
+    SliceOutCallback,
+    SliceOutConfig,
+    get_efx_model,
+    step_context,
+)
 from hf_efx.core.model.adapter import efx_record
 from hf_efx.core.training.step_context import StepContext, StepContextCallback
-from hf_efx.slice_out.spans import spans_of
+from hf_efx.slice_out.apply import spans_of
 
 GPT2 = next(architecture for architecture in ARCHITECTURES if architecture.name == "gpt2")
 WIDTHS = {"slice_out/mlp_width", "slice_out/attention_width"}
@@ -67,7 +76,7 @@ def test_efx_trainer_moves_the_slices_by_itself_and_another_with_the_callback(tm
     ours, shares = run(EfxTrainer, sliced(), tmp_path)
     assert shares == [0.5] * 6 and not WIDTHS & ours[0].keys()
     other, again = run(Trainer, sliced(), tmp_path, [SliceOutCallback()])
-    both, third = run(EfxTrainer, sliced(), tmp_path, [SliceOutCallback(measure_time=False)])
+    both, third = run(EfxTrainer, sliced(), tmp_path, [SliceOutCallback()])
     assert losses(ours) == losses(other) == losses(both) and again == third == shares
     seeded, _ = run(EfxTrainer, sliced(), tmp_path, seed=7, data_seed=42)
     assert losses(seeded)[1:] != losses(ours)[1:]  # the slices follow the run's seed
@@ -121,7 +130,7 @@ def test_a_trainer_that_moves_nothing_is_warned_of(tmp_path: Path, caplog: pytes
 
 @pytest.mark.parametrize("make", [Trainer, EfxTrainer])
 def test_widths_and_time_saved_are_logged(make: Any, tmp_path: Path) -> None:
-    callback = SliceOutCallback()
+    callback = SliceOutCallback(measure_time=True)
     log, _ = run(
         make, sliced(rate={"mlp": 0.25, "attention": 0.5}), tmp_path, [callback], gradient_accumulation_steps=2
     )
@@ -138,7 +147,7 @@ def test_widths_and_time_saved_are_logged(make: Any, tmp_path: Path) -> None:
 
 def test_ramp_and_final_dense_steps(tmp_path: Path) -> None:
     model = sliced(rate=0.5, ramp_steps=2, final_dense_steps=2)
-    callback = SliceOutCallback()
+    callback = SliceOutCallback(measure_time=True)
     log, shares = run(Trainer, model, tmp_path, [callback])
     assert shares == [0.0, 0.25, 0.5, 0.5, 0.0, 0.0]
     entries = [entry for entry in log if "loss" in entry]
@@ -151,8 +160,8 @@ def test_ramp_and_final_dense_steps(tmp_path: Path) -> None:
 
 
 def test_measuring_changes_nothing(tmp_path: Path) -> None:
-    without, _ = run(Trainer, sliced(), tmp_path, [SliceOutCallback(measure_time=False)])
-    measured, _ = run(Trainer, sliced(), tmp_path, [SliceOutCallback()])
+    without, _ = run(Trainer, sliced(), tmp_path, [SliceOutCallback()])
+    measured, _ = run(Trainer, sliced(), tmp_path, [SliceOutCallback(measure_time=True)])
     assert losses(without) == losses(measured)
     assert not any("slice_out/seconds_saved" in entry for entry in without)
     resnet = next(a for a in ARCHITECTURES if a.name == "resnet")
@@ -161,25 +170,66 @@ def test_measuring_changes_nothing(tmp_path: Path) -> None:
         model = get_efx_model(resnet.build(), SliceOutConfig(rate=0.5, align=2))
         arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
         data = [{k: v[i] for k, v in resnet.batch(8).items()} for i in range(8)]
-        Trainer(model, arguments, train_dataset=data, callbacks=[SliceOutCallback(measure)]).train()
+        Trainer(model, arguments, train_dataset=data, callbacks=[SliceOutCallback(measure_time=measure)]).train()
         states.append(model.state_dict())
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_the_training_batch_is_timed_and_not_the_scoring_draw(tmp_path: Path) -> None:
+    rows = {k: v.tolist() for k, v in GPT2.batch(8).items()} | {"example_id": list(range(8))}
+    callback, seen = SliceOutCallback(measure_time=True), []
+    measure = callback._measure
+    callback._measure = lambda model: (seen.append(callback._batch), measure(model))[1]
+    arguments = RHOLossArguments(
+        str(tmp_path),
+        selection="loss",
+        selection_ratio=0.5,
+        score_mode="train",
+        per_device_train_batch_size=2,
+        **{"max_steps": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True},
+    )
+    model = sliced()
+    RHOLossTrainer(model, arguments, train_dataset=Dataset.from_dict(rows), callbacks=[callback]).train()
+    ((_, batch),) = seen
+    assert len(batch["input_ids"]) == 2 and "labels" in batch
+
+
+def test_a_second_training_starts_clean(tmp_path: Path) -> None:
+    callback = SliceOutCallback(measure_time=True)
+    log, _ = run(Trainer, sliced(), tmp_path, [callback], max_steps=2)
+    again, _ = run(Trainer, sliced(rate={"mlp": 0.25}), tmp_path, [callback], max_steps=1)
+    assert "slice_out/attention_width" in log[0] and "slice_out/attention_width" not in again[0]
+    assert again[0]["slice_out/mlp_width"] == 0.75 and callback._times is not None
+    dense, slices = callback._times
+    assert again[0]["slice_out/seconds_saved"] == pytest.approx(dense - slices)
 
 
 # --- what is refused when training begins
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "words"),
+    ("make", "model", "callback", "options", "words"),
     [
-        (GPT2.build, {}, "SliceOutCallback: the model has no slices. Call get_efx_model"),
-        (sliced, {"use_cache": True}, "use_cache=True: SliceOut keeps other heads"),
-        (lambda: sliced(final_dense_steps=6), {}, "final_dense_steps=6 leaves no sliced step of max_steps=6"),
+        (Trainer, GPT2.build, SliceOutCallback(), {}, "SliceOutCallback: the model has no slices. Call get_efx_model"),
+        (Trainer, sliced, SliceOutCallback(), {"use_cache": True}, "use_cache=True: SliceOut keeps other heads"),
+        (EfxTrainer, lambda: sliced(final_dense_steps=6), None, {}, "final_dense_steps=6 leave no sliced step of"),
     ],
+    ids=["dense", "cache", "no sliced step"],
 )
-def test_what_a_run_cannot_be(model: Any, options: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_what_a_run_cannot_be(
+    make: Any, model: Any, callback: Any, options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=words):
-        run(Trainer, model(), tmp_path, [SliceOutCallback()], **options)
+        run(make, model(), tmp_path, [callback] if callback else [], **options)
+
+
+def test_time_that_cannot_be_measured(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    arguments.torch_compile = True
+    callback: Any = SliceOutCallback(measure_time=True)
+    with pytest.raises(ValueError, match=r"measure_time=True.*passes can't be timed.*torch_compile=True"):
+        callback.on_train_begin(arguments, TrainerState(max_steps=3), TrainerControl(), model=sliced())
+    SliceOutCallback().on_train_begin(arguments, TrainerState(max_steps=3), TrainerControl(), model=sliced())
 
 
 def test_a_context_of_ones_own_stays_the_callback_s() -> None:
@@ -202,7 +252,7 @@ def test_spans_are_moved_once_a_micro_batch(tmp_path: Path) -> None:
     model = sliced()
     context: Any = step_context(model)
     hook = model.register_forward_pre_hook(lambda *_: seen.append((context.step, context.micro_step)))
-    run(EfxTrainer, model, tmp_path, [SliceOutCallback(False)], gradient_accumulation_steps=2, max_steps=2)
+    run(EfxTrainer, model, tmp_path, [SliceOutCallback()], gradient_accumulation_steps=2, max_steps=2)
     hook.remove()
     assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert len(spans_of(model)) == 4

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from hf_efx import Block, SliceOutConfig, get_efx_model
 from hf_efx.core.model.adapter import efx_record
 from hf_efx.core.training.arguments import describe_options
-from hf_efx.slice_out.spans import spans_of
+from hf_efx.slice_out.apply import spans_of
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from hf_efx.core.training.step_context import StepContext
-from hf_efx.slice_out.layers import SlicedLinear, Span, attach, detach, emitted_width
+from hf_efx.slice_out.layers import SlicedLinear, attach, detach
 from hf_efx.slice_out.schedule import RateSchedule
+from hf_efx.slice_out.span import Span
 
 WIDTH, HEADS = 12, 4
 
@@ -36,8 +37,8 @@ class Ffn(Block):
         self.down: Any = Conv1D(WIDTH, 32) if transposed else nn.Linear(32, WIDTH)
 
     def attach(self, span: Span) -> None:
-        attach(self.up, emits=span)
-        attach(self.down, reads=span)
+        attach(self.up, "emits", span)
+        attach(self.down, "reads", span)
 
     def forward(self, x: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
         return self.down(self.mask(F.gelu(self.up(x)), factors))
@@ -50,7 +51,7 @@ class GatedFfn(Ffn):
 
     def attach(self, span: Span) -> None:
         super().attach(span)
-        attach(self.gate, emits=span)
+        attach(self.gate, "emits", span)
 
     def forward(self, x: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
         return self.down(self.mask(F.silu(self.gate(x)) * self.up(x), factors))
@@ -67,8 +68,8 @@ class Attention(Block):
         self.qkv, self.out = Conv1D(3 * HEADS * 6, WIDTH), Conv1D(WIDTH, HEADS * 6)
 
     def attach(self, span: Span) -> None:
-        attach(self.qkv, emits=span, blocks=3 * HEADS if self.by_width else 3)
-        attach(self.out, reads=span, blocks=HEADS if self.by_width else 1)
+        attach(self.qkv, "emits", span, 3 * HEADS if self.by_width else 3)
+        attach(self.out, "reads", span, HEADS if self.by_width else 1)
 
     def forward(self, x: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
         parts = list(self.qkv(x).chunk(3, -1))
@@ -91,11 +92,12 @@ class Convs(Block):
         self.third, self.norms = nn.Conv2d(16, 5, 1, bias=bias), nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
 
     def attach(self, span: Span) -> None:
-        attach(self.first, emits=span)
-        attach(self.second, reads=span, emits=span)
-        attach(self.third, reads=span)
+        attach(self.first, "emits", span)
+        attach(self.second, "reads", span)
+        attach(self.second, "emits", span)
+        attach(self.third, "reads", span)
         for norm in self.norms:
-            attach(norm, channels=span)
+            attach(norm, "channels", span)
 
     def forward(self, x: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
         h = self.mask(F.relu(self.norms[0](self.first(x))), factors, -3)
@@ -301,7 +303,7 @@ def test_a_slice_that_is_gone_says_so() -> None:
     with pytest.raises(RuntimeError, match="block: a layer that reads 32 columns was given 16.*holds nothing"):
         block.down(h)
     norm = nn.BatchNorm2d(16)
-    attach(norm, channels=span)
+    attach(norm, "channels", span)
     with pytest.raises(RuntimeError, match="block: a layer that reads 16 columns was given 8.*holds nothing"):
         norm(torch.ones(2, 8, 3, 3))
 
@@ -388,35 +390,26 @@ def test_a_copy_is_a_span_of_its_own() -> None:
         assert not torch.equal(other(x), block(x))
 
 
-def test_emitted_width() -> None:
-    block, _, span, x = make("attention")
-    assert emitted_width(block.qkv) == block.qkv(x).shape[-1] == 36
-    block.eval()
-    assert emitted_width(block.qkv) == block.qkv(x).shape[-1] == 72
-    assert emitted_width(nn.Linear(3, 5)) == 5
-
-
 def test_what_can_not_be_attached() -> None:
     context = StepContext(seed=0)
     span = Span("block", 16, 0.5, context)
     linear = nn.Linear(12, 32)
-    attach(linear, emits=span)
+    attach(linear, "emits", span)
     assert type(linear) is SlicedLinear
-    cases: list[tuple[nn.Module, dict[str, Any], str]] = [
-        (nn.LayerNorm(16), {"emits": span}, "LayerNorm can't be sliced: plain Linear, Conv1D, Conv2d, BatchNorm2d"),
-        (nn.Linear(12, 30), {"emits": span}, r"has 30 columns, not a multiple of 1 blocks \* 16 units"),
-        (nn.Linear(12, 32), {"reads": span}, "has 12 columns"),
-        (nn.Linear(12, 32), {"emits": span, "blocks": 3}, "3 blocks"),
-        (nn.Linear(12, 32), {}, "emits=span, reads=span or both"),
-        (nn.Linear(12, 32), {"channels": span}, "a norm takes channels=span"),
-        (nn.BatchNorm2d(32), {"emits": span}, "a norm takes channels=span"),
-        (nn.Conv2d(32, 32, 3, groups=2), {"emits": span}, "groups=2: grouped convolutions can't be sliced"),
-        (linear, {"emits": span}, "has this role already"),
+    cases: list[tuple[nn.Module, Any, int, str]] = [
+        (nn.LayerNorm(16), "emits", 1, "LayerNorm can't be sliced: plain Linear, Conv1D, Conv2d, BatchNorm2d"),
+        (nn.Linear(12, 30), "emits", 1, r"has 30 columns, not a multiple of 1 blocks \* 16 units"),
+        (nn.Linear(12, 32), "reads", 1, "has 12 columns"),
+        (nn.Linear(12, 32), "emits", 3, "3 blocks"),
+        (nn.Linear(12, 32), "channels", 1, "a norm takes the role 'channels'"),
+        (nn.BatchNorm2d(32), "emits", 1, "a norm takes the role 'channels'"),
+        (nn.Conv2d(32, 32, 3, groups=2), "emits", 1, "groups=2: grouped convolutions can't be sliced"),
+        (linear, "emits", 1, "has this role already"),
     ]
-    for module, options, message in cases:
+    for module, role, blocks, message in cases:
         kind = type(module)
         with pytest.raises(ValueError, match=message):
-            attach(module, **options)
+            attach(module, role, span, blocks)
         assert type(module) is kind
     options: Any
     for options, message in (

@@ -152,6 +152,16 @@ def test_copies_and_pickles_go_on_alike() -> None:
         assert step_context(model) is not step_context(copy.deepcopy(model))
 
 
+def test_resized_embeddings_keep_the_slices() -> None:
+    model: Any = get_efx_model(BY_NAME["gpt2"].build(), config()).train()  # its head is tied to the embeddings
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    context: Any = step_context(model)
+    context.begin_step(0)
+    model(**BY_NAME["gpt2"].batch()).loss.backward()
+    assert float((model.transformer.h[1].mlp.c_fc.bias.grad == 0).float().mean()) == 0.5
+    assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.out_features % 2 == 0
+
+
 # --- the model's own dropouts
 
 

@@ -7,7 +7,7 @@ from matrix import ARCHITECTURES
 from torch import nn
 
 from hf_efx import Block, SliceOutConfig, get_efx_model, slice_out_report, step_context
-from hf_efx.slice_out.spans import spans_of
+from hf_efx.slice_out.apply import spans_of
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 MLP = SliceOutConfig(rate=0.5, align=8, blocks=[Block("mlp", ["0"], ["2"])])

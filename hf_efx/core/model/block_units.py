@@ -13,6 +13,38 @@ from hf_efx.core.model.targets import default_targets
 from hf_efx.core.model.weight_view import WeightView
 
 
+def model_blocks(model: nn.Module, blocks: Iterable[Block] | None = None) -> list[FoundBlock]:
+    """The blocks of a model; none of one without a row in the block map.
+
+    Args:
+        model: The model.
+        blocks: Rows that describe its blocks, in the place of the block map's.
+
+    Raises:
+        ValueError: If a row fits nowhere.
+    """
+    if blocks is None:
+        return find_blocks(model, block_map(model).blocks)
+    rows = tuple(blocks)
+    found = find_blocks(model, rows)
+    for row in rows:
+        if not any(block.block is row for block in found):
+            raise ValueError(f"blocks has {row!r}, but {_why_nowhere(model, row)}.")
+    return found
+
+
+def _why_nowhere(model: nn.Module, row: Block) -> str:
+    """Why no place of a model has the block of a row."""
+    names, kind = [f".{name}" for name, _ in model.named_modules()], type(model).__name__
+    members = (*row.emits, *row.norms, *row.reads)
+    unknown = [name for name in members if not any(there.endswith(f".{name}") for there in names)]
+    if unknown:
+        return f"no module of {kind} is called {unknown[0]!r}"
+    if find_blocks(model, [row]):
+        return f"the rows before it name its modules in {kind} already"
+    return f"no module of {kind} has all of {', '.join(members)} below it"
+
+
 def unit_groups(model: nn.Module, blocks: Iterable[Block] | None = None) -> list[UnitGroup]:
     """All groups of units that a model has.
 
@@ -22,22 +54,14 @@ def unit_groups(model: nn.Module, blocks: Iterable[Block] | None = None) -> list
 
     Returns:
         A group for each block. Of a model without a row in the block map, a group for each default target (see
-        `core.adapter.default_targets`), whose units are the module's own output columns.
+        `core.model.targets.default_targets`), whose units are the module's own output columns.
 
     Raises:
         ValueError: If a row fits nowhere, or the modules of a block don't fit together.
     """
-    rows = block_map(model).blocks if blocks is None else tuple(blocks)
-    if not rows:
+    if blocks is None and not block_map(model).blocks:
         return [own_columns(model, name) for name in default_targets(model)]
-    found = find_blocks(model, rows)
-    for row in rows if blocks is not None else ():
-        if not any(block.block is row for block in found):
-            raise ValueError(
-                f"blocks has {row!r}, but no module of {type(model).__name__} has all of "
-                f"{', '.join((*row.emits, *row.norms, *row.reads))} below it, or other blocks took them."
-            )
-    return [block_units(model, block) for block in found]
+    return [block_units(model, block) for block in model_blocks(model, blocks)]
 
 
 def named(members: Sequence[str], config: Any) -> bool:
@@ -75,8 +99,8 @@ def block_units(model: nn.Module, block: FoundBlock) -> UnitGroup:
     row, path = block.block, block.path
     stacked = {path(name): row.fused.get(name, block_map(model).blocks_of(path(name))) for name in row.emits}
     norms, reads = (tuple(map(path, names)) for names in (row.norms, row.reads))
-    widths = {name: _widths(model, name)[1] / times for name, times in stacked.items()}
-    widths |= {name: _widths(model, name)[0] for name in (*norms, *reads)}
+    widths = {name: columns(model, name)[1] / times for name, times in stacked.items()}
+    widths |= {name: columns(model, name)[0] for name in (*norms, *reads)}
     size = widths[block.name] if row.kind != "attention" else _heads(model, block, widths)
     for name, width in widths.items():
         if row.kind != "attention" and width != size:
@@ -88,24 +112,37 @@ def block_units(model: nn.Module, block: FoundBlock) -> UnitGroup:
 
 
 def _heads(model: nn.Module, block: FoundBlock, widths: dict[str, float]) -> int:
-    head_dim = block.block.head_dim
-    if isinstance(head_dim, str):
-        owner, _, attribute = block.path(head_dim).rpartition(".")
-        head_dim = getattr(model.get_submodule(owner), attribute)
-    assert isinstance(head_dim, int)
-    heads = {name: int(width // head_dim) for name, width in widths.items()}
-    size = max(1, min(heads.values()))  # of keys and values, where queries share them
-    for name, width in widths.items():
-        if width != heads[name] * head_dim or heads[name] % size:
+    """How many heads there are; where keys and values have fewer than queries, their number."""
+    width = head_width(model, block)
+    heads = {name: int(features // width) for name, features in widths.items()}
+    size = max(1, min(heads.values()))
+    for name, features in widths.items():
+        if features != heads[name] * width or heads[name] % size:
             raise ValueError(
-                f"{name!r} has {width:g} features, which isn't a whole number of heads of width {head_dim}, or of "
+                f"{name!r} has {features:g} features, which isn't a whole number of heads of width {width}, or of "
                 f"groups of {size}. Leave the block out with exclude_modules=[{block.name!r}], or correct its "
                 f"head_dim or fused."
             )
     return size
 
 
-def _widths(model: nn.Module, name: str) -> tuple[int, int]:
+def head_width(model: nn.Module, block: FoundBlock) -> int:
+    """Features of one head of an attention block."""
+    width = block.block.head_dim
+    if isinstance(width, str):
+        owner, attribute = owner_of(block.path(width))
+        width = getattr(model.get_submodule(owner), attribute)
+    assert isinstance(width, int)
+    return width
+
+
+def owner_of(path: str) -> tuple[str, str]:
+    """The module and the attribute that a path such as "attn.attn_dropout.p" names."""
+    owner, _, attribute = path.rpartition(".")
+    return owner, attribute
+
+
+def columns(model: nn.Module, name: str) -> tuple[int, int]:
     """Features or channels that a module takes and gives."""
     module = model.get_submodule(name)
     if isinstance(module, nn.BatchNorm2d):

@@ -4,9 +4,11 @@ Beside the members' classes three things change while the method is on: attribut
 follow the slice, the dropouts of sliced blocks are 0, and a hook refuses what can't be trained.
 """
 
+import copy
 import functools
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +17,15 @@ from transformers import Cache
 
 from hf_efx.core.model.swap import hook_kept, swap_class
 from hf_efx.core.training.step_context import attach_step_context, detach_step_context, step_context
-from hf_efx.slice_out.layers import SlicedMember, Span, attach, detach
-from hf_efx.slice_out.schedule import RateSchedule
-
-if TYPE_CHECKING:
-    from hf_efx.slice_out.blocks import Plan
-    from hf_efx.slice_out.config import SliceOutConfig
+from hf_efx.slice_out.blocks import Plan
+from hf_efx.slice_out.layers import SlicedMember, attach, detach
+from hf_efx.slice_out.span import Span
 
 logger = logging.getLogger(__name__)
 
 _HOOK = "_slice_out_hook"
 _FOLLOWS = "_slice_out_follows"
+ROLES = ("emits", "reads", "channels")
 
 
 class SlicedBias(nn.Embedding):
@@ -47,77 +47,83 @@ class SlicedBias(nn.Embedding):
         return F.embedding(input, self.weight.index_select(1, kept))
 
 
-def put_on(model: nn.Module, config: "SliceOutConfig", plan: "Plan") -> None:
-    """Carries a plan out; does nothing where it is carried out already.
+def put_on(model: nn.Module, plan: Plan, **options: Any) -> bool:
+    """Carries a plan out; does nothing, and returns False, where it is carried out already.
+
+    Args:
+        model: The model.
+        plan: See `blocks.py`.
+        **options: What the plan doesn't say of its spans: starts, normalization, shared, schedule and
+            accumulate_in_place of `Span`.
 
     Raises:
         ValueError: If the plan doesn't fit the model.
     """
-    _check_plan(model, plan)
-    if any("span" in spec and _is_on(model.get_submodule(name)) for name, spec in plan.items()):
-        return
+    _check_plan(plan)
+    if _members(model, plan):
+        return False
     context = attach_step_context(model)
-    schedule = RateSchedule(config.ramp_steps, config.final_dense_steps)
-    spans: dict[int, Span] = {}
+    spans = {
+        spec["emits"]["span"]: Span(name, context=context, **spec["span"], **options)
+        for name, spec in plan.items()
+        if "span" in spec
+    }
     for name, spec in plan.items():
-        if "span" in spec:
-            span = Span(
-                name,
-                spec["span"]["size"],
-                spec["span"]["rate"],
-                context,
-                starts=config.starts,
-                align=spec["span"]["align"],
-                normalization=config.normalization,
-                shared=config.same_on_all_ranks,
-                schedule=schedule,
-                accumulate_in_place=config.accumulate_in_place,
-            )
-            span.kind = spec["span"]["kind"]
-            spans[spec["emits"]["span"]] = span
-    for name, spec in plan.items():
-        module = model.get_submodule(name)
-        for role in ("emits", "reads", "channels"):
-            if role in spec:
-                attach(module, **{role: spans[spec[role]["span"]]}, blocks=spec[role]["blocks"])
-        if "bias" in spec:
-            with hook_kept(module):
-                swap_class(module, SlicedBias)
-            module.emits = spans[spec["bias"]["span"]]  # pyright: ignore[reportArgumentType]
-        if "follows" in spec:
-            _follow(module, {a: (spans[f["span"]], f["times"]) for a, f in spec["follows"].items()})
-        for attribute in spec.get("dropouts", ()):
-            setattr(module, attribute, 0.0)
+        _put_on(model.get_submodule(name), spec, spans)
     if _HOOK not in model.__dict__:
         model.__dict__[_HOOK] = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         context.listeners.append(functools.partial(_at_step_begin, model))
+    return True
 
 
-def take_off(model: nn.Module, plan: "Plan") -> None:
+def _put_on(module: nn.Module, spec: dict[str, Any], spans: dict[int, Span]) -> None:
+    """Does to one module what the plan says of it."""
+    for role in ROLES:
+        if role in spec:
+            attach(module, role, spans[spec[role]["span"]], spec[role]["blocks"])
+    if "bias" in spec:
+        with hook_kept(module):
+            swap_class(module, SlicedBias)
+        vars(module)["emits"] = spans[spec["bias"]["span"]]
+    if "follows" in spec:
+        _follow(module, {name: (spans[f["span"]], f["times"]) for name, f in spec["follows"].items()})
+    for attribute in spec.get("dropouts", ()):
+        setattr(module, attribute, 0.0)
+
+
+def take_off(model: nn.Module, plan: Plan) -> None:
     """Undoes a plan, what it brought onto adapters of peft included; does nothing where it isn't on."""
-    if not any("span" in spec and _is_on(model.get_submodule(name)) for name, spec in plan.items()):
+    gone = {id(member.emits) for member in _members(model, plan)}
+    if not gone:
         return
-    gone = {id(s) for name, spec in plan.items() if "span" in spec for s in [model.get_submodule(name).emits]}
     for module in model.modules():
-        if isinstance(module, SlicedMember) and {id(module.emits), id(module.reads)} & gone:
+        if isinstance(module, SlicedMember) and gone & {id(module.emits), id(module.reads)}:
             detach(module)
     for name, spec in plan.items():
-        module: Any = model.get_submodule(name)
-        if isinstance(module, SlicedBias):
-            with hook_kept(module):
-                del module.emits
-                swap_class(module, nn.Embedding)
-        if _FOLLOWS in module.__dict__:
-            del module.__dict__[_FOLLOWS]
-            with hook_kept(module):
-                swap_class(module, type(module).__mro__[1])
-        for attribute, value in spec.get("dropouts", {}).items():
-            setattr(module, attribute, value)
+        _take_off(model.get_submodule(name), spec)
     if not spans_of(model):
         for module in model.modules():
             if _HOOK in module.__dict__:
                 module.__dict__.pop(_HOOK).remove()
         detach_step_context(model)
+
+
+def _take_off(module: nn.Module, spec: dict[str, Any]) -> None:
+    """Undoes to one module what `_put_on` did, but for its membership in spans."""
+    with hook_kept(module):
+        if isinstance(module, SlicedBias):
+            del module.emits
+            swap_class(module, nn.Embedding)
+        if module.__dict__.pop(_FOLLOWS, None) is not None:
+            swap_class(module, type(module).__mro__[1])
+    for attribute, value in spec.get("dropouts", {}).items():
+        setattr(module, attribute, value)
+
+
+def _members(model: nn.Module, plan: Plan) -> list[SlicedMember]:
+    """The first emitters of the plan's spans that have their sliced classes."""
+    modules = (model.get_submodule(name) for name, spec in plan.items() if "span" in spec)
+    return [module for module in modules if isinstance(module, SlicedMember)]
 
 
 def spans_of(model: nn.Module) -> list[Span]:
@@ -126,11 +132,7 @@ def spans_of(model: nn.Module) -> list[Span]:
     return list({id(m.emits): m.emits for m in members if m.emits is not None}.values())
 
 
-def _is_on(module: nn.Module) -> bool:
-    return isinstance(module, SlicedMember)
-
-
-def _check_plan(model: nn.Module, plan: Any) -> None:
+def _check_plan(plan: Any) -> None:
     """Checks what a checkpoint says of its modules."""
     known = {"span", "emits", "reads", "channels", "bias", "follows", "dropouts"}
     for name, spec in plan.items():
@@ -179,9 +181,36 @@ def _new(base: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
 # --- what happens at each step and each forward
 
 
+def watch_settings(model: nn.Module, settings: Callable[[], dict[str, Any]]) -> None:
+    """Refuses to begin a step once the settings aren't those of now any more: they were read when slices were put on.
+
+    Args:
+        model: A model with slices.
+        settings: Gives them, by name.
+    """
+    listener = functools.partial(_refuse_changes, settings, copy.deepcopy(settings()))
+    attach_step_context(model).listeners.append(listener)
+
+
+def _refuse_changes(settings: Callable[[], dict[str, Any]], before: dict[str, Any]) -> None:
+    now = settings()
+    for name in before | now if now != before else ():
+        if now.get(name) != before.get(name):
+            raise ValueError(
+                f"SliceOutConfig.{name} was changed after get_efx_model, from {before.get(name, 'its default')!r} to "
+                f"{now.get(name, 'its default')!r}, which the model's slices don't know of. Put them on anew: "
+                f"get_efx_model(unload(model), config)."
+            )
+
+
 def _at_step_begin(model: nn.Module) -> None:
-    """Tells the spans their width, and takes in adapters that came on top."""
+    """Tells the spans their width, and takes in adapters that came on top.
+
+    Raises:
+        ValueError: If the run would have no sliced step, or an adapter can't train on slices.
+    """
     for span in spans_of(model):
+        span.schedule.check_length(span.context.max_steps)
         span.refresh()
     if hasattr(model, "peft_config"):
         _take_adapters_in(model)
@@ -232,6 +261,6 @@ def _take_adapters_in(model: nn.Module) -> None:
         for adapter, reads in layer.lora_A.items():
             emits: Any = layer.lora_B[adapter]
             if base.reads is not None and not isinstance(reads, SlicedMember):
-                attach(reads, reads=base.reads, blocks=base.blocks)
+                attach(reads, "reads", base.reads, base.blocks)
             if base.emits is not None and not isinstance(emits, SlicedMember):
-                attach(emits, emits=base.emits, blocks=base.blocks)
+                attach(emits, "emits", base.emits, base.blocks)
