@@ -16,8 +16,8 @@ from hf_efx.core.data.fingerprints import data_fingerprint
 from hf_efx.core.data.tables import settings_of
 from hf_efx.programs.task_data import HOLDOUT_SHARE
 from hf_efx.programs.tasks import SIDE_MODEL_HELP, LearningTask, TaskOptions
-from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses, train_irreducible_model
-from hf_efx.rho_loss.irreducible import compute_irreducible_losses
+from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses
+from hf_efx.rho_loss.irreducible import compute_irreducible_losses, train_irreducible_model
 from hf_efx.rho_loss.irreducible_table import load_irreducible_losses
 
 # In the output folder. The Trainer pushes nothing that begins with an underscore.

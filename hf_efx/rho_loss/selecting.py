@@ -1,9 +1,11 @@
 """One selection: from the batches that were drawn to the micro-batches that are trained on.
 
 `ExampleSelector` is the paper's algorithm 1, lines 5 to 8: score the large batch, take the best rows. `TokenSelector`
-does the same to the tokens of an ordinary batch. Neither trains; neither knows the Trainer.
+does the same to the tokens of an ordinary batch. Neither trains; neither knows the Trainer, whose options
+`make_selector` reads.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -15,10 +17,12 @@ from torch import nn
 from hf_efx.core.data.example_ids import ID_COLUMN
 from hf_efx.core.scoring.batches import Batch, batch_size, concatenate_rows, take_rows, trim_padding
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels
-from hf_efx.core.scoring.scorer import Scorer
-from hf_efx.rho_loss.exchange import exchange_rows, gather_equal, union_order
+from hf_efx.core.scoring.scorer import Precision, Scorer, base_model, has_bf16_units
+from hf_efx.rho_loss.exchange import exchange_rows, gather_equal, sum_over_processes, union_order
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
 from hf_efx.rho_loss.selection import IRREDUCIBLE_LOSS, SelectionFunction, select, select_tokens
+
+logger = logging.getLogger(__name__)
 
 # A column that a micro-batch carries where rows are weighted; `RHOLossMixin.compute_loss` takes it off.
 WEIGHT = "selection_weight"
@@ -254,6 +258,69 @@ class TokenSelector:
                 ]
             )
         return {name: (v[mask].cpu().numpy(), v[keep].cpu().numpy()) for name, v in values.items()}
+
+
+def make_selector(trainer: Any, chosen: int, drawn: int) -> ExampleSelector | TokenSelector:
+    """The selector that a `RHOLossMixin`'s options ask for.
+
+    Args:
+        trainer: With `args`, `selection_function`, `irreducible_losses` and `scored_task`.
+        chosen: Rows of a micro-batch that are trained on.
+        drawn: Rows that they are chosen from.
+    """
+    options, function = trainer.args, trainer.selection_function
+    by_token = options.granularity == "token"
+    quantities = set(function.quantities)
+    if quantities or by_token:
+        quantities |= {"count"}
+        if options.report_selection and trainer.scored_task() != "regression":
+            quantities |= {"correct"}
+    scorer = Scorer(
+        sorted(quantities),
+        task=options.scoring_task,
+        granularity=options.granularity,
+        label_smoothing=options.label_smoothing_factor,
+        mode=options.score_mode,
+        precision=_precision(options),
+        batch_size=options.scoring_batch_size,
+        mc_samples=options.mc_samples,
+    )
+    table = trainer.irreducible_losses if function.needs_irreducible_loss else None
+    corrupted = options.corrupted_column if options.report_selection else None
+    if by_token:
+        return TokenSelector(function, scorer, trainer.scored_task(), table, options.selection_ratio, corrupted)
+    together = options.selection_scope == "global"
+    return ExampleSelector(
+        function,
+        scorer if quantities else None,
+        trainer.scored_task() if table is not None else None,
+        table,
+        chosen,
+        drawn,
+        corrupted,
+        padding=_padding(trainer),
+        side=getattr(trainer.processing_class, "padding_side", "right"),
+        world_size=options.world_size if together else 1,
+        rank=options.process_index if together else 0,
+    )
+
+
+def _precision(options: Any) -> Precision | None:
+    """What scores are computed in; `"auto"` takes what the device is faster in, the same on all processes."""
+    if options.scoring_precision != "auto":
+        return options.scoring_precision
+    with_units = sum_over_processes(np.array([float(has_bf16_units(options.device))]), options.device)[0]
+    units = with_units == options.world_size
+    logger.info("scoring_precision='auto': %s.", "bf16" if units else "as in training, for lack of bfloat16 units")
+    return "bf16" if units else None
+
+
+def _padding(trainer: Any) -> dict[str, float]:
+    """What fills the columns of rows of unequal width, which come together from several draws."""
+    config = getattr(base_model(trainer.model), "config", None)
+    sources = (trainer.processing_class, getattr(trainer.processing_class, "tokenizer", None), config)
+    token = next((s.pad_token_id for s in sources if getattr(s, "pad_token_id", None) is not None), 0)
+    return {"input_ids": token, "decoder_input_ids": token, "decoder_attention_mask": 0, "position_ids": 0}
 
 
 def gather_rows(

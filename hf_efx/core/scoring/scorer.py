@@ -45,6 +45,15 @@ _HEADS: tuple[tuple[Task, tuple[str, ...]], ...] = (
 _LANGUAGE_MODELS = {"causal", "seq2seq", "masked"}
 
 
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in units of its own; without them autocast is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":  # torch offers the instruction sets under no public name in all versions that we take
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
 def infer_task(model: nn.Module) -> Task:
     """Which loss a transformers model computes itself, read off its class and config.
 
