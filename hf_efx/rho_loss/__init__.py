@@ -14,7 +14,13 @@ from hf_efx.rho_loss.irreducible_table import (
     push_irreducible_losses,
     save_irreducible_losses,
 )
-from hf_efx.rho_loss.selection import SELECTION_FUNCTIONS, SelectionFunction, register_selection_function
+from hf_efx.rho_loss.selection import (
+    SELECTION_FUNCTIONS,
+    Selection,
+    SelectionFunction,
+    register_selection_function,
+    select_examples,
+)
 from hf_efx.rho_loss.trainer import RHOLossMixin, RHOLossTrainer
 
 __all__ = [
@@ -24,6 +30,7 @@ __all__ = [
     "RHOLossArgumentsMixin",
     "RHOLossMixin",
     "RHOLossTrainer",
+    "Selection",
     "SelectionFunction",
     "add_example_ids",
     "compute_irreducible_losses",
@@ -32,5 +39,6 @@ __all__ = [
     "push_irreducible_losses",
     "register_selection_function",
     "save_irreducible_losses",
+    "select_examples",
     "train_irreducible_model",
 ]

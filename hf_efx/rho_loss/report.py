@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_efx.core.data.example_ids import IdIndex
@@ -18,7 +19,7 @@ from hf_efx.core.files import write_atomically
 from hf_efx.rho_loss.exchange import sum_over_processes
 from hf_efx.rho_loss.selecting import Outcome
 
-REPORT_NAME = "selection_report.json"
+REPORT_NAME, _HISTORY = "selection_report.json", "history.safetensors"
 _WINDOWS = (1, 5, 20)  # epochs
 
 # Each figure is a sum over a count: its unit is that of docs/metrics.md.
@@ -129,6 +130,14 @@ class SelectionReport:
         sums = [saved["sums"].get(figure, (0.0, 0.0)) for figure in FIGURES]
         self._run = np.array(sums) if first else np.zeros((len(FIGURES), 2))
         self._window = np.zeros((len(FIGURES), 2))
+
+    def save_history(self, folder: Path) -> None:
+        """Writes when each row was last chosen."""
+        save_file({"last_epoch": torch.from_numpy(self.last_epoch)}, folder / _HISTORY)
+
+    def load_history(self, folder: Path) -> None:
+        """Reads what `save_history` wrote."""
+        self.last_epoch = load_file(folder / _HISTORY)["last_epoch"].numpy()
 
 
 def means(sums: np.ndarray) -> dict[str, float]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -36,17 +35,17 @@ from hf_efx.rho_loss.checks import (
 from hf_efx.rho_loss.exchange import gather_equal
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
 from hf_efx.rho_loss.loader import ColumnRows, ExtraColumnsCollator, can_fetch_columns
-from hf_efx.rho_loss.pending import load_pending, save_pending
+from hf_efx.rho_loss.micro_batches import MicroBatch, load_pending, save_pending
 from hf_efx.rho_loss.report import REPORT_NAME, SelectionMetrics, SelectionReport, save_report
 from hf_efx.rho_loss.scoring_model import ScoringModelTraining
-from hf_efx.rho_loss.selecting import WEIGHT, ExampleSelector, MicroBatch, Outcome, TokenSelector, make_selector
+from hf_efx.rho_loss.selecting import WEIGHT, ExampleSelector, Outcome, TokenSelector, make_selector, take_all
 from hf_efx.rho_loss.selection import get_selection_function
 
 logger = logging.getLogger(__name__)
 
 _Base = Trainer if TYPE_CHECKING else object
 
-_FOLDER, _HISTORY = "rho_loss", "history.safetensors"  # in a checkpoint
+_FOLDER = "rho_loss"  # in a checkpoint
 
 
 class RHOLossMixin(EfxTrainerMixin, _Base):
@@ -207,7 +206,10 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         self._already_drawn = 0
         if self._selector is None:
             batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-            chosen = self._take_whole(batches)
+            outcome = take_all(batches, self.args.corrupted_column)  # pyright: ignore[reportAttributeAccessIssue]
+            chosen = outcome.micro_batches
+            if chosen:
+                self._report(outcome, time.perf_counter() - self._step_started, 0.0)
         else:
             if not self._pending:
                 self._pending = self._choose(epoch_iterator, num_batches)
@@ -239,24 +241,11 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         self._loss_checked = True
         options: Any = self.args
         inputs = {name: value for name, value in batch.items() if name not in self.extra_columns}
-        reads_loss = {"loss", "grad_norm"} & {*self.selection_function.quantities}
+        reads_loss = {"loss", "mc_loss", "grad_norm"} & {*self.selection_function.quantities}
         if self.selection_function.sampled:
             check_weighted_loss(self, inputs, WEIGHT)
         if self.scoring_model is None and options.scoring_task is None and reads_loss:
             check_scored_loss(self, inputs, self.scored_task(), options.label_smoothing_factor)
-
-    def _take_whole(self, batches: list[Any]) -> list[MicroBatch]:
-        """Nothing is chosen: all that was drawn is trained on, as it is."""
-        ids = [batch[ID_COLUMN].reshape(-1).cpu() for batch in batches]
-        chosen = [MicroBatch(b, i, torch.full(i.shape, torch.nan)) for b, i in zip(batches, ids, strict=True)]
-        if chosen and self.selection_report is not None:
-            outcome = Outcome(chosen, sum(map(len, ids)))
-            column = self.args.corrupted_column  # pyright: ignore[reportAttributeAccessIssue]
-            if column is not None:
-                values = torch.cat([batch[column].reshape(-1) for batch in batches]).cpu().numpy()
-                outcome.shares["corrupted_share"] = (values, values)
-            self._report(outcome, time.perf_counter() - self._step_started, 0.0)
-        return chosen
 
     def _report(self, outcome: Outcome, loading: float, scoring: float) -> None:
         if self.selection_report is None:
@@ -322,7 +311,7 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         if self.selection_report is not None:
             self.save_selection_report(output_dir)
             if first:
-                save_file({"last_epoch": torch.from_numpy(self.selection_report.last_epoch)}, folder / _HISTORY)
+                self.selection_report.save_history(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -336,7 +325,7 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
             self._scoring_training.load(folder)
         if self.selection_report is not None and Path(checkpoint, REPORT_NAME).is_file():
             self.selection_report.load(Path(checkpoint), self.is_world_process_zero())
-            self.selection_report.last_epoch = load_file(folder / _HISTORY)["last_epoch"].numpy()
+            self.selection_report.load_history(folder)
 
     def save_selection_report(self, folder: str) -> None:
         """Writes what was chosen so far, by all processes, as selection_report.json; all processes must call it."""

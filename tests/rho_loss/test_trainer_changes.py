@@ -192,7 +192,6 @@ def test_weights_that_nobody_would_read_are_refused(tmp_path: Path) -> None:
         run.train()
 
 
-
 def test_default_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="selection='rho_loss' needs irreducible_losses"):
@@ -223,4 +222,3 @@ def test_a_model_for_irreducible_losses_goes_on_only_from_its_own_checkpoints(tm
     (tmp_path / "model" / "settings.json").unlink()
     with pytest.raises(ValueError, match="holds checkpoints of another run"):
         train()
-

@@ -99,5 +99,3 @@ def test_scores_that_arent_numbers(tmp_path: Path) -> None:
 def test_a_run_without_a_table_checks_nothing_of_it(tmp_path: Path) -> None:
     """A table that isn't read may be of anything."""
     text_trainer(tmp_path, selection="loss", irreducible_losses=standard_table(), label_smoothing_factor=0.1)
-
-
