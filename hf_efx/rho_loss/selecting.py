@@ -273,13 +273,17 @@ def make_selector(trainer: Any, chosen: int, drawn: int) -> ExampleSelector | To
         quantities |= {"count"}
         if options.report_selection and trainer.scored_task() != "regression":
             quantities |= {"correct"}
+    precision = resolve_precision(options)
+    if options.scoring_precision == "auto":
+        units = "as in training, for lack of bfloat16 units" if precision is None else precision
+        logger.info("scoring_precision='auto': %s.", units)
     scorer = Scorer(
         sorted(quantities),
         task=options.scoring_task,
         granularity=options.granularity,
         label_smoothing=options.label_smoothing_factor,
         mode=options.score_mode,
-        precision=_precision(options),
+        precision=precision,
         batch_size=options.scoring_batch_size,
         mc_samples=options.mc_samples,
     )
@@ -303,14 +307,12 @@ def make_selector(trainer: Any, chosen: int, drawn: int) -> ExampleSelector | To
     )
 
 
-def _precision(options: Any) -> Precision | None:
+def resolve_precision(options: Any) -> Precision | None:
     """What scores are computed in; `"auto"` takes what the device is faster in, the same on all processes."""
     if options.scoring_precision != "auto":
         return options.scoring_precision
     with_units = sum_over_processes(np.array([float(has_bf16_units(options.device))]), options.device)[0]
-    units = with_units == options.world_size
-    logger.info("scoring_precision='auto': %s.", "bf16" if units else "as in training, for lack of bfloat16 units")
-    return "bf16" if units else None
+    return "bf16" if with_units == options.world_size else None
 
 
 def _padding(trainer: Any) -> dict[str, float]:
