@@ -134,10 +134,10 @@ def check_scored_loss(trainer: Any, inputs: dict[str, Any], task: Task, label_sm
     """
     model = unwrap_model(trainer.model)
     with scoring_state(model, "eval"):
+        scored = Scorer(("loss", "count"), task=task, label_smoothing=label_smoothing)(model, inputs)
         with trainer.compute_loss_context_manager():
-            trained = float(trainer.compute_loss(model, dict(inputs)).detach().float().mean())
-        scorer = Scorer(("loss", "count"), task=task, label_smoothing=label_smoothing)
-        scored = scorer(model, inputs)
+            loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=_items(trainer, scored["count"]))
+    trained = float(loss.detach().float().mean())
     counts = scored["count"] if task in ("causal", "seq2seq", "masked", "token_classification") else None
     counts = torch.ones_like(scored["loss"]) if counts is None else counts
     mean = float((scored["loss"].double() * counts).sum() / counts.sum().clamp(min=1))
@@ -148,6 +148,14 @@ def check_scored_loss(trainer: Any, inputs: dict[str, Any], task: Task, label_sm
             f"scoring_task={task!r} if they are to be chosen by that all the same, register a selection function of "
             f"your own, or use one that reads no loss, such as 'uniform'."
         )
+
+
+def _items(trainer: Any, counts: torch.Tensor) -> torch.Tensor | None:
+    """What the Trainer hands its loss as `num_items_in_batch`, were all processes' batches as this one."""
+    if not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None:
+        return None
+    others = max(trainer.accelerator.num_processes // trainer.get_tp_size(), trainer.args.n_gpu)
+    return counts.sum() * (others if trainer.args.average_tokens_across_devices else 1)
 
 
 def check_columns(data: Any, columns: Sequence[str]) -> IdIndex | None:

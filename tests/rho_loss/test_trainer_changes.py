@@ -142,6 +142,11 @@ def same(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> 
     return F.cross_entropy(outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    logits = outputs["logits"][:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
 class Doubled(RHOLossTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return 2 * super().compute_loss(model, inputs, *args, **kwargs)
@@ -181,6 +186,7 @@ def test_another_loss_than_the_scored_is_refused_before_the_first_step(
 
 def test_a_loss_of_ones_own_that_is_the_scored_one_trains(tmp_path: Path) -> None:
     own_loss(tmp_path, loss=same).train()
+    own_loss(tmp_path, loss=summed).train()
     own_loss(tmp_path, Forgetful).train()
 
 
