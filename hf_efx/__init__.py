@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         push_irreducible_losses,
         register_selection_function,
         save_irreducible_losses,
+        select_examples,
         train_irreducible_model,
     )
     from hf_efx.slice_out import SliceOutCallback, SliceOutConfig, slice_out_report
@@ -111,6 +112,7 @@ _PUBLIC = {
         "push_irreducible_losses",
         "register_selection_function",
         "save_irreducible_losses",
+        "select_examples",
         "train_irreducible_model",
     ),
     "hf_efx.slice_out": ("SliceOutCallback", "SliceOutConfig", "slice_out_report"),

@@ -4,19 +4,21 @@ import copy
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 
 from hf_efx.core.data.example_ids import ID_COLUMN, IdIndex, check_dataset
 from hf_efx.core.files import write_atomically
+from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.core.training.trainer import EfxTrainerMixin
 from hf_efx.goldiprox.recording import iterate_steps
 from hf_efx.goldiprox.sequence import SelectionSequence
@@ -75,8 +77,10 @@ class ReplayMixin(EfxTrainerMixin, _Base):
             the fingerprint covers, for instance by another tokenizer's `map(..., remove_columns=...)`.
         **kwargs: As for the Trainer.
 
+    Options are read when training begins: what is set on `args` later counts.
+
     Raises:
-        ValueError: Before any work, if data set or options don't fit the sequence.
+        ValueError: If data set or options don't fit the sequence; here, and again before the first step.
     """
 
     def __init__(
@@ -149,6 +153,10 @@ class ReplayMixin(EfxTrainerMixin, _Base):
             )
         return args.max_steps if args.max_steps > 0 else len(self.sequence)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_options()
+        return super()._inner_training_loop(*args, **kwargs)
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
         """As the Trainer's, with the sequence as the one epoch."""
         args = copy.copy(args)  # the user's own may serve another sequence
@@ -202,4 +210,63 @@ class ReplayMixin(EfxTrainerMixin, _Base):
 
 
 class ReplayTrainer(ReplayMixin, Trainer):
-    """`transformers.Trainer` that trains on a selection sequence; see `ReplayMixin`."""
+    """`transformers.Trainer` that trains on a selection sequence, in its order; see `ReplayMixin`.
+
+    Args:
+        model: What is trained, any model; or None, and `model_init`.
+        args: Any `TrainingArguments`, with the sequence's examples a step; None for defaults of `EfxArguments`.
+        data_collator: Makes a batch of a list of examples.
+        train_dataset: The data set that was selected from, with its `example_id` column and in any order.
+        eval_dataset: What `evaluate` takes: one, or several by name.
+        processing_class: Tokenizer, image or feature processor, saved with the model.
+        model_init: Makes the model at each `train`; what a hyperparameter search needs.
+        compute_loss_func: The loss of (outputs, labels, num_items_in_batch), instead of the model's own.
+        compute_metrics: Figures of an `EvalPrediction`, by name.
+        callbacks: Besides the Trainer's own.
+        optimizers: A ready optimizer and scheduler.
+        optimizer_cls_and_kwargs: A class and its arguments instead.
+        preprocess_logits_for_metrics: What `compute_metrics` gets of (logits, labels).
+        sequence: The sequence.
+        raw_dataset: What to compare with the sequence's fingerprint, if `train_dataset` has lost the raw columns that
+            the fingerprint covers.
+
+    Raises:
+        ValueError: If data set or options don't fit the sequence; here, and again before the first step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        *,
+        sequence: SelectionSequence,
+        raw_dataset: datasets.Dataset | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            EfxArguments() if args is None else args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            sequence=sequence,
+            raw_dataset=raw_dataset,
+        )

@@ -22,6 +22,7 @@ from hf_efx.core.scoring.scorer import base_model
 from hf_efx.goldiprox.recording import SequenceRecorder
 from hf_efx.goldiprox.sequence import SelectionSequence
 from hf_efx.rho_loss.exchange import gather_equal
+from hf_efx.rho_loss.selecting import resolve_precision
 from hf_efx.rho_loss.shards import changes
 from hf_efx.rho_loss.trainer import RHOLossMixin, RHOLossTrainer
 
@@ -72,9 +73,10 @@ class GoldiProxMixin(RHOLossMixin, _Base):
             one. It is shorter than `num_steps` if a callback stopped the run.
 
         Raises:
-            ValueError: Before any work, if the options can't be recorded, or the recording doesn't reach the
-                checkpoint.
+            ValueError: Before any work, if the options, as they stand on `args` now, can't be recorded, or the
+                recording doesn't reach the checkpoint.
         """
+        self.read_options()
         self._check_recordable(num_steps)
         checkpoint = self._resume_point(resume_from_checkpoint)
         settings = {"data": self._data_settings(fingerprint_columns), "score": self._score_settings()}
@@ -139,11 +141,12 @@ class GoldiProxMixin(RHOLossMixin, _Base):
 
     def _score_settings(self) -> dict[str, Any]:
         options: Any = self.args
-        names = ("selection", "selection_ratio", "score_mode", "rescore_every", "scoring_precision")
+        names = ("selection", "selection_ratio", "score_mode", "rescore_every")
         table = self.irreducible_losses if self.selection_function.needs_irreducible_loss else None
         return {
             **{name: getattr(options, name) for name in names},
-            "examples_per_step": options.train_batch_size * options.gradient_accumulation_steps * options.world_size,
+            "scoring_precision": resolve_precision(options),
+            "examples_per_step": self._train_batch_size * options.gradient_accumulation_steps * options.world_size,
             "label_smoothing": options.label_smoothing_factor,
             "scoring_model": None if self.scoring_model is None else _name(self.scoring_model),
             "irreducible_losses": None if table is None else table.settings,
@@ -219,7 +222,10 @@ class GoldiProxMixin(RHOLossMixin, _Base):
 
 
 class GoldiProxTrainer(GoldiProxMixin, RHOLossTrainer):
-    """`RHOLossTrainer` that hands on what it chose; see `GoldiProxMixin`."""
+    """`RHOLossTrainer` that hands on what it chose, by `select`; see `GoldiProxMixin`. The model is the proxy.
+
+    Its arguments are those of `RHOLossTrainer`.
+    """
 
 
 def _parts(ranks: torch.Tensor, parts: int) -> list[list[torch.Tensor]]:

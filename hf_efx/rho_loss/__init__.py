@@ -6,15 +6,21 @@ arXiv 2206.07137.
 
 from hf_efx.core.data.example_ids import add_example_ids
 from hf_efx.rho_loss.arguments import RHOLossArguments, RHOLossArgumentsMixin
-from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses, train_irreducible_model
-from hf_efx.rho_loss.irreducible import compute_irreducible_losses
+from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses
+from hf_efx.rho_loss.irreducible import compute_irreducible_losses, train_irreducible_model
 from hf_efx.rho_loss.irreducible_table import (
     IrreducibleLosses,
     load_irreducible_losses,
     push_irreducible_losses,
     save_irreducible_losses,
 )
-from hf_efx.rho_loss.selection import SELECTION_FUNCTIONS, SelectionFunction, register_selection_function
+from hf_efx.rho_loss.selection import (
+    SELECTION_FUNCTIONS,
+    Selection,
+    SelectionFunction,
+    register_selection_function,
+    select_examples,
+)
 from hf_efx.rho_loss.trainer import RHOLossMixin, RHOLossTrainer
 
 __all__ = [
@@ -24,6 +30,7 @@ __all__ = [
     "RHOLossArgumentsMixin",
     "RHOLossMixin",
     "RHOLossTrainer",
+    "Selection",
     "SelectionFunction",
     "add_example_ids",
     "compute_irreducible_losses",
@@ -32,5 +39,6 @@ __all__ = [
     "push_irreducible_losses",
     "register_selection_function",
     "save_irreducible_losses",
+    "select_examples",
     "train_irreducible_model",
 ]

@@ -1,17 +1,19 @@
 """What a selecting run refuses before any work: options, data sets and tables that don't belong together."""
 
-import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import Trainer
 
 from hf_efx.core.data.example_ids import ID_COLUMN, IdIndex
+from hf_efx.core.scoring.losses import Task
+from hf_efx.core.scoring.scorer import Scorer
+from hf_efx.core.scoring.scoring_state import scoring_state, unwrap_model
 from hf_efx.rho_loss.arguments import RHOLossArgumentsMixin
 from hf_efx.rho_loss.selection import SelectionFunction
-
-logger = logging.getLogger(__name__)
 
 
 def check_arguments(args: Any) -> None:
@@ -23,14 +25,13 @@ def check_arguments(args: Any) -> None:
         )
 
 
-def check_options(trainer: Trainer, function: SelectionFunction, has_table: bool, has_scoring_model: bool) -> None:
+def check_options(trainer: Any, function: SelectionFunction, has_table: bool) -> None:
     """Refuses options that this Trainer can't select with.
 
     Args:
         trainer: The Trainer, initialised.
         function: What chooses.
         has_table: Whether it was given irreducible losses.
-        has_scoring_model: Whether it was given a scoring model.
 
     Raises:
         ValueError: Naming the option and the way out.
@@ -42,7 +43,7 @@ def check_options(trainer: Trainer, function: SelectionFunction, has_table: bool
             f"selection={options.selection!r} needs irreducible_losses, the table of compute_irreducible_losses or "
             f"cross_fit_irreducible_losses."
         )
-    if options.train_scoring_model and not has_scoring_model:
+    if options.train_scoring_model and trainer.scoring_model is None:
         raise ValueError("train_scoring_model=True needs a scoring_model to train.")
     for name in ("packing", "padding_free"):  # trl's
         if getattr(options, name, False):
@@ -55,13 +56,106 @@ def check_options(trainer: Trainer, function: SelectionFunction, has_table: bool
             "train_sampling_strategy='batch_rebalance' makes batches of per_device_train_batch_size itself, which "
             "leaves nothing to choose from. Use 'random' or 'group_by_length'."
         )
-    if options.selection_scope == "global" and not trainer.accelerator.even_batches:
+    if (options.world_size > 1 or options.selection_scope == "global") and not trainer.accelerator.even_batches:
         raise ValueError(
-            "selection_scope='global' needs draws of equal size on all processes: set even_batches=True in "
-            "accelerator_config."
+            "even_batches=False in accelerator_config lets processes draw unequal numbers of rows, but they choose, "
+            "and report what they chose, together: set even_batches=True."
         )
-    if trainer.compute_loss_func is not None and selects:
-        logger.warning("compute_loss_func trains on another loss than the model's own, by which examples are scored.")
+    if function.sampled and selects and (own_loss := _loss_of_its_own(trainer, below="RHOLossMixin")):
+        raise ValueError(
+            f"selection={options.selection!r} weighs the examples' losses, which {own_loss} doesn't know: choose a "
+            f"selection that takes the highest scores, such as 'grad_norm'."
+        )
+
+
+def _loss_of_its_own(trainer: Any, below: str | None = None) -> str:
+    """What computes another loss than transformers' Trainer, below a class of the Trainer's; empty if nothing does."""
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func"
+    classes = type(trainer).__mro__
+    start = 0 if below is None else [cls.__name__ for cls in classes].index(below)
+    own = [cls for cls in classes[start:] if "compute_loss" in vars(cls) and not cls.__module__.startswith("hf_efx.")]
+    return "" if own[0] is Trainer else f"compute_loss of {own[0].__name__}"
+
+
+def rows_to_draw(options: Any, batch_size: int) -> int:
+    """n_B of the paper's algorithm 1, shared out over the steps that one draw serves.
+
+    Args:
+        options: With those of `RHOLossArgumentsMixin`.
+        batch_size: Rows trained on, n_b.
+
+    Raises:
+        ValueError: If nothing would be left to choose from.
+    """
+    if options.granularity == "token" or options.selection_ratio == 1:
+        return batch_size
+    drawn = round(batch_size / options.selection_ratio / options.rescore_every)
+    if drawn <= batch_size:
+        raise ValueError(
+            f"selection_ratio={options.selection_ratio} and rescore_every={options.rescore_every} draw {drawn} rows "
+            f"to choose per_device_train_batch_size={batch_size} from: lower one of the first two."
+        )
+    return drawn
+
+
+def check_weighted_loss(trainer: Any, inputs: dict[str, Any], weight: str) -> None:
+    """Refuses a Trainer whose compute_loss leaves the weights of a sampled selection where they are.
+
+    Args:
+        trainer: A Trainer, in a run.
+        inputs: A batch, on the model's device, without the columns of selection.
+        weight: The column of weights.
+    """
+    model = unwrap_model(trainer.model)
+    inputs = {**inputs, weight: torch.ones(len(inputs["labels"]), device=inputs["labels"].device)}
+    with scoring_state(model, "eval"):
+        trainer.compute_loss(model, inputs)
+    if weight in inputs:
+        raise ValueError(
+            f"selection={trainer.args.selection!r} weighs the examples' losses, which {_loss_of_its_own(trainer)} "
+            f"doesn't: hand its inputs to super().compute_loss, or choose a selection that takes the highest scores."
+        )
+
+
+def check_scored_loss(trainer: Any, inputs: dict[str, Any], task: Task, label_smoothing: float) -> None:
+    """Refuses a Trainer whose loss isn't the mean of the losses by which examples are scored.
+
+    Both are computed in evaluation mode, of one batch; two forward passes, once a run.
+
+    Args:
+        trainer: A Trainer, in a run.
+        inputs: A batch, on the model's device, without the columns of selection.
+        task: As what the labels are scored.
+        label_smoothing: Of the scores.
+
+    Raises:
+        ValueError: If the two differ by more than a hundredth.
+    """
+    model = unwrap_model(trainer.model)
+    with scoring_state(model, "eval"):
+        scored = Scorer(("loss", "count"), task=task, label_smoothing=label_smoothing)(model, inputs)
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=_items(trainer, scored["count"]))
+    trained = float(loss.detach().float().mean())
+    counts = scored["count"] if task in ("causal", "seq2seq", "masked", "token_classification") else None
+    counts = torch.ones_like(scored["loss"]) if counts is None else counts
+    mean = float((scored["loss"].double() * counts).sum() / counts.sum().clamp(min=1))
+    if math.isfinite(trained) and abs(trained - mean) > 0.01 * max(abs(trained), abs(mean), 1e-3):
+        source = _loss_of_its_own(trainer) or "the model"
+        raise ValueError(
+            f"{source} trains on a loss of {trained:.4g} where examples are scored by one of {mean:.4g} ({task}). Set "
+            f"scoring_task={task!r} if they are to be chosen by that all the same, register a selection function of "
+            f"your own, or use one that reads no loss, such as 'uniform'."
+        )
+
+
+def _items(trainer: Any, counts: torch.Tensor) -> torch.Tensor | None:
+    """What the Trainer hands its loss as `num_items_in_batch`, were all processes' batches as this one."""
+    if not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None:
+        return None
+    others = max(trainer.accelerator.num_processes // trainer.get_tp_size(), trainer.args.n_gpu)
+    return counts.sum() * (others if trainer.args.average_tokens_across_devices else 1)
 
 
 def check_columns(data: Any, columns: Sequence[str]) -> IdIndex | None:
@@ -78,8 +172,9 @@ def check_columns(data: Any, columns: Sequence[str]) -> IdIndex | None:
         ValueError: If a column is missing, or an id is there twice or of another type.
     """
     names = getattr(data, "column_names", None)
-    if names is None:  # a stream may not know them
-        names = list(data[0] if hasattr(data, "__getitem__") else next(iter(data), {}))
+    if names is None:  # a stream may not know them; torch's has a __getitem__ that raises
+        stream = isinstance(data, torch.utils.data.IterableDataset) or not hasattr(data, "__getitem__")
+        names = list(next(iter(data), {}) if stream else data[0])
     for name in columns:
         if name not in names:
             way = "name another corrupted_column, or none"

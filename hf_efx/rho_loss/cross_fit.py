@@ -8,7 +8,6 @@ together by example id; by position, losses would end up with other examples whe
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,6 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 from torch import nn
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_efx.core.data.tables import (
     ID_COLUMN,
@@ -32,9 +30,10 @@ from hf_efx.core.data.tables import (
 )
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scorer import Precision, infer_task
-from hf_efx.core.training.checkpoints import last_complete_checkpoint
-from hf_efx.core.training.trainer import EfxTrainer
 from hf_efx.rho_loss.irreducible import (
+    TRAINING,
+    LowestLossTrainer,
+    best_by_loss,
     compute_irreducible_losses,
     default_collator,
     finish_table,
@@ -48,52 +47,7 @@ from hf_efx.rho_loss.shards import check_kept_settings, process_rank
 
 FOLD_COLUMN = "fold"
 
-# What of the training arguments a model depends on; the rest (logging, saving, places) may change on the way.
-_TRAINING = (
-    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type"),
-    *("warmup_steps", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed"),
-)
 _MERGED_AT_ONCE = 100_000  # rows
-
-
-def train_irreducible_model(
-    model: nn.Module | Callable[[], nn.Module],
-    args: TrainingArguments,
-    holdout: Dataset,
-    target: Dataset,
-    *,
-    data_collator: Callable[[list[Any]], Any] | None = None,
-    processing_class: Any = None,
-    **trainer_options: Any,
-) -> nn.Module:
-    """Trains a model on holdout data and keeps it as it was when its loss on the target's data was lowest.
-
-    The lowest loss, not the best accuracy: that is the rule of the paper's code (github.com/OATML/RHO-Loss).
-    Checkpoints go to `args.output_dir`; the same call goes on from the newest complete one there.
-
-    Args:
-        model: The model, or a function that makes it.
-        args: How it is trained. It is evaluated and saved each epoch, or as often as `eval_strategy` says.
-        holdout: What it is trained on.
-        target: What it will score, and the run with RHO-LOSS will train on.
-        data_collator: As the Trainer's.
-        processing_class: As the Trainer's.
-        **trainer_options: Further arguments of the Trainer.
-
-    Returns:
-        The model, for `compute_irreducible_losses`.
-    """
-    trainer = _TargetTrainer(
-        **_model_argument(model),
-        args=_best_by_loss(args),
-        train_dataset=_without_ids(holdout),
-        eval_dataset=_without_ids(target),
-        data_collator=data_collator,
-        processing_class=processing_class,
-        **trainer_options,
-    )
-    return trainer.train_to_lowest_loss()
 
 
 def cross_fit_irreducible_losses(
@@ -160,7 +114,7 @@ def cross_fit_irreducible_losses(
             precision,
         ),
         "initial_weights": weights_fingerprint(model),
-        "training": {name: training[name] for name in _TRAINING},
+        "training": {name: training[name] for name in TRAINING},
         "folds": folds,
         "stratified_by": label_column,
     }
@@ -233,7 +187,7 @@ def _train_fold(
     """Trains the model of a fold, whose table will go to `place`."""
     trainer = _FoldTrainer(
         model_init=model_init,
-        args=_best_by_loss(args, _checkpoints(place)),
+        args=best_by_loss(args, _checkpoints(place)),
         train_dataset=others,
         eval_dataset=scored,
         data_collator=ExtraColumnsCollator(data_collator or default_collator(processing_class), (ID_COLUMN,)),
@@ -273,16 +227,7 @@ def _checkpoints(place: Path) -> str:
     return str(place.with_name(f"{place.name}-training"))
 
 
-class _TargetTrainer(EfxTrainer):
-    """Trains to the lowest loss on the evaluation data."""
-
-    def train_to_lowest_loss(self) -> nn.Module:
-        begun = last_complete_checkpoint(str(self.args.output_dir)) is not None
-        self.train(resume_from_checkpoint=begun)
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-
-class _FoldTrainer(_TargetTrainer):
+class _FoldTrainer(LowestLossTrainer):
     """Refuses to train on what its model is to score.
 
     Args:
@@ -312,31 +257,6 @@ def refuse_scored(ids: Ids, scored: IdIndex) -> None:
             f"{seen.sum()} examples were to train the model that scores them, {ID_COLUMN} "
             f"{as_ids(ids)[seen][0]} among them: the data set has changed under this run"
         )
-
-
-def _without_ids(dataset: Dataset) -> Dataset:
-    return dataset.remove_columns(ID_COLUMN) if ID_COLUMN in dataset.column_names else dataset
-
-
-def _model_argument(model: Any) -> dict[str, Any]:
-    return {"model": model} if isinstance(model, nn.Module) else {"model_init": model}
-
-
-def _best_by_loss(args: TrainingArguments, output_dir: str | None = None) -> TrainingArguments:
-    """The arguments with an evaluation and a checkpoint at the same moments, the best one being kept."""
-    when = IntervalStrategy(args.eval_strategy).value
-    when = "epoch" if when == "no" else when
-    return replace(
-        args,
-        output_dir=output_dir or args.output_dir,
-        eval_strategy=when,
-        save_strategy=SaveStrategy(when),
-        save_steps=args.eval_steps if when == "steps" and args.eval_steps else args.save_steps,
-        save_total_limit=max(args.save_total_limit or 2, 2),  # at 1 the Trainer ends by deleting the newest
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-    )
 
 
 def _label_column(dataset: Dataset, name: str | None) -> str | None:

@@ -11,13 +11,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from hf_efx.core.data.example_ids import add_example_ids
 from hf_efx.core.data.tables import (
     ID_COLUMN,
     IdIndex,
@@ -31,27 +40,25 @@ from hf_efx.core.data.tables import (
 from hf_efx.core.data.text_data import source_name
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scorer import Precision, Scorer, base_model, infer_task
+from hf_efx.core.training.checkpoints import last_complete_checkpoint
+from hf_efx.core.training.trainer import EfxTrainer
 from hf_efx.rho_loss.irreducible_table import (
     KIND,
     LOSS_COLUMN,
     Granularity,
-    IrreducibleLosses,
     load_irreducible_losses,
-    push_irreducible_losses,
     save_irreducible_losses,
 )
-from hf_efx.rho_loss.shards import Shards, changes, fill_shards, process_rank, wait_for_all
-
-__all__ = [  # with what irreducible_table.py has, whose users are the same
-    "IrreducibleLosses",
-    "compute_irreducible_losses",
-    "load_irreducible_losses",
-    "push_irreducible_losses",
-    "save_irreducible_losses",
-]
+from hf_efx.rho_loss.shards import Shards, changes, check_kept_settings, fill_shards, process_rank, wait_for_all
 
 logger = logging.getLogger(__name__)
 
+# What of the training arguments a model depends on; the rest (logging, saving, places) may change on the way.
+TRAINING = (
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type"),
+    *("warmup_steps", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed"),
+)
 _TEMPORARY: list[tempfile.TemporaryDirectory] = []  # tables without an output_dir, until the process ends
 
 
@@ -132,6 +139,77 @@ def compute_irreducible_losses(
     )
     fill_shards(shards, model, feed, scorer, collator, index, num_workers)
     return finish_table(shards.merge, settings, folder, output_dir)
+
+
+def train_irreducible_model(
+    model: nn.Module | Callable[[], nn.Module],
+    args: TrainingArguments,
+    holdout: Dataset,
+    target: Dataset,
+    *,
+    data_collator: Callable[[list[Any]], Any] | None = None,
+    processing_class: Any = None,
+    **trainer_options: Any,
+) -> nn.Module:
+    """Trains a model on holdout data and keeps it as it was when its loss on the target's data was lowest.
+
+    The lowest loss, not the best accuracy: that is the rule of the paper's code (github.com/OATML/RHO-Loss).
+    Checkpoints go to `args.output_dir`, with the settings that they were made with; the same call goes on from the
+    newest complete one there.
+
+    Args:
+        model: The model, or a function that makes it.
+        args: How it is trained. It is evaluated and saved each epoch, or as often as `eval_strategy` says.
+        holdout: What it is trained on.
+        target: What it will score, and the run with RHO-LOSS will train on.
+        data_collator: As the Trainer's.
+        processing_class: As the Trainer's.
+        **trainer_options: Further arguments of the Trainer.
+
+    Returns:
+        The model, for `compute_irreducible_losses`.
+
+    Raises:
+        ValueError: If `args.output_dir` holds checkpoints of other data, arguments or initial weights, or of a run
+            whose settings aren't known.
+    """
+    _check_same_model(model, args, holdout, target, processing_class)
+    trainer = LowestLossTrainer(
+        **_model_argument(model),
+        args=best_by_loss(args),
+        train_dataset=_without_ids(holdout),
+        eval_dataset=_without_ids(target),
+        data_collator=data_collator,
+        processing_class=processing_class,
+        **trainer_options,
+    )
+    return trainer.train_to_lowest_loss()
+
+
+def _check_same_model(
+    model: Any, args: TrainingArguments, holdout: Dataset, target: Dataset, processing_class: Any
+) -> None:
+    """Keeps what the model depends on in `args.output_dir`, or compares it with what is there."""
+    folder, kept = Path(str(args.output_dir)), Path(str(args.output_dir), "settings.json")
+    if last_complete_checkpoint(str(folder)) is not None and not kept.is_file():
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds checkpoints of another run: name a folder of its own for this model, "
+            f"or delete them."
+        )
+    set_seed(args.seed)
+    initial = model if isinstance(model, nn.Module) else model()
+    training = args.to_dict()
+    settings = {
+        **{name: _fingerprint(data) for name, data in (("holdout", holdout), ("target", target))},
+        "tokenizer": tokenizer_fingerprint(processing_class),
+        "initial_weights": weights_fingerprint(initial),
+        "training": {name: training[name] for name in TRAINING},
+    }
+    if process_rank()[0] == 0:
+        if last_complete_checkpoint(str(folder)) is None:
+            kept.unlink(missing_ok=True)  # nothing was made with them
+        check_kept_settings(folder, settings)
+    wait_for_all()
 
 
 def default_collator(processing_class: Any) -> Callable[[list[Any]], Any]:
@@ -241,3 +319,42 @@ def _model_columns(model: nn.Module, dataset: Dataset) -> Dataset:
             "remove_unused_columns=False where the data_collator or a transform does it"
         )
     return dataset.select_columns([ID_COLUMN, *kept])
+
+
+class LowestLossTrainer(EfxTrainer):
+    """Trains to the lowest loss on the evaluation data."""
+
+    def train_to_lowest_loss(self) -> nn.Module:
+        begun = last_complete_checkpoint(str(self.args.output_dir)) is not None
+        self.train(resume_from_checkpoint=begun)
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+
+def _without_ids(dataset: Dataset) -> Dataset:
+    return dataset.remove_columns(ID_COLUMN) if ID_COLUMN in dataset.column_names else dataset
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    named = dataset if ID_COLUMN in dataset.column_names else add_example_ids(dataset)
+    return data_fingerprint(named, dataset.column_names)
+
+
+def _model_argument(model: Any) -> dict[str, Any]:
+    return {"model": model} if isinstance(model, nn.Module) else {"model_init": model}
+
+
+def best_by_loss(args: TrainingArguments, output_dir: str | None = None) -> TrainingArguments:
+    """The arguments with an evaluation and a checkpoint at the same moments, the best one being kept."""
+    when = IntervalStrategy(args.eval_strategy).value
+    when = "epoch" if when == "no" else when
+    return replace(
+        args,
+        output_dir=output_dir or args.output_dir,
+        eval_strategy=when,
+        save_strategy=SaveStrategy(when),
+        save_steps=args.eval_steps if when == "steps" and args.eval_steps else args.save_steps,
+        save_total_limit=max(args.save_total_limit or 2, 2),  # at 1 the Trainer ends by deleting the newest
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+    )

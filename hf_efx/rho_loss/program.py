@@ -42,8 +42,8 @@ from hf_efx.programs.task_run import (
 )
 from hf_efx.programs.tasks import CORRUPTED_COLUMN, SIDE_MODEL_HELP, TaskModelOptions, TaskOptions
 from hf_efx.rho_loss.arguments import RHOLossArguments, RHOLossArgumentsMixin
-from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses, train_irreducible_model
-from hf_efx.rho_loss.irreducible import compute_irreducible_losses
+from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses
+from hf_efx.rho_loss.irreducible import compute_irreducible_losses, train_irreducible_model
 from hf_efx.rho_loss.irreducible_table import (
     load_irreducible_losses,
     push_irreducible_losses,

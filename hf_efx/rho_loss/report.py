@@ -4,19 +4,22 @@ The figures of the paper's section on why its rule works, counted while training
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_efx.core.data.example_ids import IdIndex
 from hf_efx.core.files import write_atomically
 from hf_efx.rho_loss.exchange import sum_over_processes
 from hf_efx.rho_loss.selecting import Outcome
 
-REPORT_NAME = "selection_report.json"
+REPORT_NAME, _HISTORY = "selection_report.json", "history.safetensors"
 _WINDOWS = (1, 5, 20)  # epochs
 
 # Each figure is a sum over a count: its unit is that of docs/metrics.md.
@@ -128,6 +131,14 @@ class SelectionReport:
         self._run = np.array(sums) if first else np.zeros((len(FIGURES), 2))
         self._window = np.zeros((len(FIGURES), 2))
 
+    def save_history(self, folder: Path) -> None:
+        """Writes when each row was last chosen."""
+        save_file({"last_epoch": torch.from_numpy(self.last_epoch)}, folder / _HISTORY)
+
+    def load_history(self, folder: Path) -> None:
+        """Reads what `save_history` wrote."""
+        self.last_epoch = load_file(folder / _HISTORY)["last_epoch"].numpy()
+
 
 def means(sums: np.ndarray) -> dict[str, float]:
     """Figures by name from [figures, 2] sums and counts; those without a count are left out."""
@@ -150,3 +161,36 @@ def save_report(folder: Path, settings: Mapping[str, Any], sums: np.ndarray, cou
         "sums": {name: pair for name, pair in zip(FIGURES, sums.tolist(), strict=True) if any(pair)},
     }
     write_atomically(folder / REPORT_NAME, json.dumps(content, indent=2) + "\n")
+
+
+class SelectionMetrics(TrainerCallback):
+    """Hands the figures of all processes to the next training log, and saves the report at the end."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        report = self.trainer.selection_report
+        if report is not None:
+            report.add_step(time.perf_counter() - self.trainer._step_started)
+        # The summary shows what the last log doesn't.
+        self._log(control.should_log or control.should_training_stop)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._log(control.should_log)
+
+    def _log(self, now: bool) -> None:
+        report = self.trainer.selection_report
+        if now and report is not None:
+            sums = sum_over_processes(report.end_window(), self.trainer.args.device)
+            self.trainer.add_metrics({f"rho_loss/{name}": value for name, value in means(sums).items()})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.selection_report is not None:
+            self.trainer.save_selection_report(str(args.output_dir))

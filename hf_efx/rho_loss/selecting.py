@@ -1,41 +1,32 @@
 """One selection: from the batches that were drawn to the micro-batches that are trained on.
 
 `ExampleSelector` is the paper's algorithm 1, lines 5 to 8: score the large batch, take the best rows. `TokenSelector`
-does the same to the tokens of an ordinary batch. Neither trains; neither knows the Trainer.
+does the same to the tokens of an ordinary batch. Neither trains; neither knows the Trainer, whose options
+`make_selector` reads.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from hf_efx.core.data.example_ids import ID_COLUMN
-from hf_efx.core.scoring.batches import Batch, batch_size, concatenate_rows, take_rows, trim_padding
+from hf_efx.core.scoring.batches import Batch, batch_size
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels
-from hf_efx.core.scoring.scorer import Scorer
-from hf_efx.rho_loss.exchange import exchange_rows, gather_equal, union_order
+from hf_efx.core.scoring.scorer import Precision, Scorer, base_model, has_bf16_units
+from hf_efx.rho_loss.exchange import exchange_rows, gather_equal, sum_over_processes, union_order
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
-from hf_efx.rho_loss.selection import IRREDUCIBLE_LOSS, SelectionFunction, select, select_tokens
+from hf_efx.rho_loss.micro_batches import MicroBatch, cut_rows, gather_rows, split_evenly
+from hf_efx.rho_loss.selection import IRREDUCIBLE_LOSS, SelectionFunction, select_examples, select_tokens
+
+logger = logging.getLogger(__name__)
 
 # A column that a micro-batch carries where rows are weighted; `RHOLossMixin.compute_loss` takes it off.
 WEIGHT = "selection_weight"
-
-
-class MicroBatch(NamedTuple):
-    """What is trained on at once.
-
-    Attributes:
-        batch: As a data collator makes it, `example_id` among its columns.
-        ids: int64 [n] on the CPU.
-        scores: float32 [n] on the CPU, NaN where nothing was scored.
-    """
-
-    batch: Any
-    ids: torch.Tensor
-    scores: torch.Tensor
 
 
 @dataclass
@@ -56,6 +47,17 @@ class Outcome:
     def ids(self) -> np.ndarray:
         """[k] int64, what this process trains on, in that order."""
         return torch.cat([part.ids for part in self.micro_batches]).numpy()
+
+
+def take_all(batches: Sequence[Batch], corrupted_column: str | None) -> Outcome:
+    """Chooses nothing: all that was drawn is trained on, as it is."""
+    ids = [batch[ID_COLUMN].reshape(-1).cpu() for batch in batches]
+    whole = [MicroBatch(b, i, torch.full(i.shape, torch.nan)) for b, i in zip(batches, ids, strict=True)]
+    shares = {}
+    if corrupted_column is not None and whole:
+        values = torch.cat([batch[corrupted_column].reshape(-1) for batch in batches]).cpu().numpy()
+        shares["corrupted_share"] = (values, values)
+    return Outcome(whole, sum(map(len, ids)), shares)
 
 
 @dataclass
@@ -111,10 +113,10 @@ class ExampleSelector:
         by_name = dict(zip(names, values, strict=True))
         scores = self._scores(by_name)
         count = sum(max(1, size * self.chosen // self.drawn) for size in sizes)
-        rows, weights = select(
-            scores, known[0], count * self.world_size, generator=generator, sampled=self.function.sampled
+        rows, weights = select_examples(
+            scores, count * self.world_size, ids=known[0], generator=generator, sampled=self.function.sampled
         )
-        parts = _split(count, len(batches))
+        parts = split_evenly(count, len(batches))
         if self.world_size > 1:
             # Each micro-batch of one process with the whole batch is dealt out to the processes in order.
             starts = np.cumsum([0, *parts[:-1]]) * self.world_size
@@ -129,7 +131,7 @@ class ExampleSelector:
         if weights is not None:
             wanted[WEIGHT] = weights.to(wanted[ID_COLUMN].device)
         chosen_scores = torch.full((len(rows),), torch.nan) if scores is None else scores[rows].float()
-        pieces = (_pieces(wanted, parts), known[0][rows].split(parts), chosen_scores.split(parts))
+        pieces = (cut_rows(wanted, parts), known[0][rows].split(parts), chosen_scores.split(parts))
         return Outcome(
             [MicroBatch(*piece) for piece in zip(*pieces, strict=True)], sum(sizes), self._shares(by_name, known, rows)
         )
@@ -256,43 +258,69 @@ class TokenSelector:
         return {name: (v[mask].cpu().numpy(), v[keep].cpu().numpy()) for name, v in values.items()}
 
 
-def gather_rows(
-    batches: Sequence[Batch], rows: torch.Tensor, padding: Mapping[str, float], side: Literal["left", "right"]
-) -> dict[str, Any]:
-    """Takes rows of batches that lie end to end.
+def make_selector(trainer: Any, chosen: int, drawn: int) -> ExampleSelector | TokenSelector:
+    """The selector that a `RHOLossMixin`'s options ask for.
 
     Args:
-        batches: Collated alike.
-        rows: [k] int64, ascending.
-        padding: As for `concatenate_rows`.
-        side: As for `concatenate_rows`.
+        trainer: With `args`, `selection_function`, `irreducible_losses` and `scored_task`.
+        chosen: Rows of a micro-batch that are trained on.
+        drawn: Rows that they are chosen from.
     """
-    if len(batches) == 1:
-        return take_rows(batches[0], rows)
-    ends = np.cumsum([batch_size(batch) for batch in batches])
-    borders = [0, *np.searchsorted(rows.numpy(), ends).tolist()]
-    starts = [0, *ends[:-1].tolist()]
-    pieces = zip(batches, starts, borders[:-1], borders[1:], strict=True)
-    parts = [take_rows(batch, rows[a:b] - start) for batch, start, a, b in pieces if a < b]
-    return concatenate_rows(parts or [take_rows(batches[0], rows)], padding, side)
+    options, function = trainer.args, trainer.selection_function
+    by_token = options.granularity == "token"
+    quantities = set(function.quantities)
+    if quantities or by_token:
+        quantities |= {"count"}
+        if options.report_selection and trainer.scored_task() != "regression":
+            quantities |= {"correct"}
+    precision = resolve_precision(options)
+    if options.scoring_precision == "auto":
+        units = "as in training, for lack of bfloat16 units" if precision is None else precision
+        logger.info("scoring_precision='auto': %s.", units)
+    scorer = Scorer(
+        sorted(quantities),
+        task=options.scoring_task,
+        granularity=options.granularity,
+        label_smoothing=options.label_smoothing_factor,
+        mode=options.score_mode,
+        precision=precision,
+        batch_size=options.scoring_batch_size,
+        mc_samples=options.mc_samples,
+    )
+    table = trainer.irreducible_losses if function.needs_irreducible_loss else None
+    corrupted = options.corrupted_column if options.report_selection else None
+    if by_token:
+        return TokenSelector(function, scorer, trainer.scored_task(), table, options.selection_ratio, corrupted)
+    together = options.selection_scope == "global"
+    return ExampleSelector(
+        function,
+        scorer if quantities else None,
+        trainer.scored_task() if table is not None else None,
+        table,
+        chosen,
+        drawn,
+        corrupted,
+        padding=_padding(trainer),
+        side=getattr(trainer.processing_class, "padding_side", "right"),
+        world_size=options.world_size if together else 1,
+        rank=options.process_index if together else 0,
+    )
 
 
-def _pieces(batch: Batch, parts: Sequence[int]) -> list[dict[str, Any]]:
-    if len(parts) == 1:
-        return [trim_padding(batch)]
-    ends = np.cumsum(parts).tolist()
-    pieces = [trim_padding(take_rows(batch, slice(end - part, end))) for end, part in zip(ends, parts, strict=True)]
-    # Memory of their own, as batches from a checkpoint have: where a tensor begins decides a product's last bits.
-    return [{name: _own_memory(value) for name, value in piece.items()} for piece in pieces]
+def resolve_precision(options: Any) -> Precision | None:
+    """What scores are computed in; `"auto"` takes what the device is faster in, the same on all processes."""
+    if options.scoring_precision != "auto":
+        return options.scoring_precision
+    with_units = sum_over_processes(np.array([float(has_bf16_units(options.device))]), options.device)[0]
+    return "bf16" if with_units == options.world_size else None
 
 
-def _own_memory(value: Any) -> Any:
-    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, torch.Tensor) else value
-
-
-def _split(count: int, parts: int) -> list[int]:
-    """Equal parts, the first ones by one larger where they can't be."""
-    return [count // parts + (i < count % parts) for i in range(parts)]
+def _padding(trainer: Any) -> dict[str, float]:
+    """What fills the columns of rows of unequal width, which come together from several draws."""
+    config = getattr(base_model(trainer.model), "config", None)
+    sources = (trainer.processing_class, getattr(trainer.processing_class, "tokenizer", None), config)
+    token = next((s.pad_token_id for s in sources if getattr(s, "pad_token_id", None) is not None), 0)
+    return {"input_ids": token, "decoder_input_ids": token, "decoder_attention_mask": 0, "position_ids": 0}
 
 
 def _model_columns(batch: Batch, corrupted_column: str | None) -> dict[str, Any]:

@@ -94,7 +94,18 @@ _FUNCTIONS = (
         ("loss", IRREDUCIBLE_LOSS),
         help="The highest reducible loss: learnable, worth learning, not yet learnt.",
     ),
-    SelectionFunction("entropy", _one("entropy"), ("entropy",), help="The least certain prediction, labels unseen."),
+    SelectionFunction(
+        "entropy",
+        _one("entropy"),
+        ("entropy",),
+        help="The least certain prediction of one pass without dropout, labels unseen.",
+    ),
+    SelectionFunction(
+        "mc_entropy",
+        lambda values: values["conditional_entropy"] + values["bald"],
+        ("conditional_entropy", "bald"),
+        help="The least certain mean prediction over dropout samples, labels unseen: 'entropy' in the paper's code.",
+    ),
     SelectionFunction(
         "conditional_entropy",
         _one("conditional_entropy"),
@@ -111,7 +122,13 @@ _FUNCTIONS = (
         "loss_minus_conditional_entropy",
         lambda values: values["loss"] - values["conditional_entropy"],
         ("loss", "conditional_entropy"),
-        help="The loss less what stays unsure whatever the weights: reducible loss without a second model.",
+        help="The loss without dropout, less what stays unsure whatever the weights: no second model.",
+    ),
+    SelectionFunction(
+        "mc_loss_minus_conditional_entropy",
+        lambda values: values["mc_loss"] - values["conditional_entropy"],
+        ("mc_loss", "conditional_entropy"),
+        help="The same of the mean loss over dropout samples: 'loss_minus_conditional_entropy' in the paper's code.",
     ),
 )
 
@@ -168,35 +185,53 @@ def get_selection_function(name: str) -> SelectionFunction:
     return SELECTION_FUNCTIONS[name]
 
 
-def select(
+def select_examples(
     scores: torch.Tensor | None,
-    ids: torch.Tensor,
-    count: int,
+    count: int | float,
     *,
+    ids: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     sampled: bool = False,
 ) -> Selection:
-    """Chooses rows by their scores.
+    """Chooses rows by their scores, as the Trainer does: for training loops of one's own.
 
     The highest scores are chosen, equal ones by the smaller id, on every machine alike. A score of -inf marks a row
     that can't be trained on: it is chosen only when nothing else is left.
 
-    With `sampled`, `count` rows are drawn with replacement, row i with probability p_i in proportion to its score, and
+    With `sampled`, rows are drawn with replacement, row i with probability p_i in proportion to its score, and
     weighted by 1 / (n p_i): mean(weights * gradients of the chosen) is then an unbiased estimate of the mean gradient
     of the n rows whose score isn't -inf, if a row of score 0 has no gradient (Katharopoulos & Fleuret 2018).
 
     Args:
-        scores: [n] floats on any device, or None to draw `count` different rows at random.
-        ids: [n] the rows' example ids.
-        count: Rows to choose, from 1 to n.
+        scores: [n] floats on any device, or None to draw different rows at random, of those that `ids` names.
+        count: Rows to choose: an int from 1 to n, or a float above 0 up to 1 for their share of n, rounded down, but
+            one at least.
+        ids: [n] the rows' example ids; None for their places.
         generator: CPU generator for what is random, required there.
         sampled: Draw in proportion to the scores instead of taking the highest.
+
+    Returns:
+        The rows, ascending, and their weights where they are sampled.
 
     Raises:
         ValueError: For a NaN or +inf score, naming the ids, a negative one where they are sampled, shapes that don't
             belong together, a count out of range, or a missing generator.
+
+    Example:
+        >>> import torch
+        >>> from hf_efx import select_examples
+        >>> select_examples(torch.tensor([0.1, 0.9, 0.5, 0.7]), 0.5).rows
+        tensor([1, 3])
     """
+    if ids is None:
+        if scores is None:
+            raise ValueError("scores=None and ids=None don't say how many rows there are; pass ids")
+        ids = torch.arange(scores.numel())
     ids = ids.detach().to("cpu", torch.int64)
+    if isinstance(count, float):
+        if not 0 < count <= 1:
+            raise ValueError(f"count={count} as a share of the rows must be above 0 and at most 1")
+        count = max(1, _share(count, len(ids)))
     if not 1 <= count <= len(ids):
         raise ValueError(f"count={count} rows can't be chosen from a draw of {len(ids)}; draw more or choose fewer")
     if generator is None and (sampled or scores is None):
@@ -246,9 +281,13 @@ def select_tokens(scores: torch.Tensor, mask: torch.Tensor, ratio: float) -> tor
         )
     chosen = torch.zeros_like(mask, dtype=torch.bool).flatten()
     if len(valid):
-        count = max(1, math.floor(ratio * len(valid) + 1e-9))  # .29 of 100 is 28.999999999999996
+        count = max(1, _share(ratio, len(valid)))
         chosen[valid[values.argsort(descending=True, stable=True)[:count]]] = True
     return chosen.reshape(mask.shape)
+
+
+def _share(ratio: float, rows: int) -> int:
+    return math.floor(ratio * rows + 1e-9)  # .29 of 100 is 28.999999999999996
 
 
 def _refuse(wrong: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, reason: str) -> None:

@@ -67,7 +67,7 @@ class Shards:
 
 
 def check_kept_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Keeps the settings of a table that is begun in a folder, or compares them with those that are there.
+    """Keeps the settings of what is begun in a folder, or compares them with those that are there.
 
     Raises:
         ValueError: If what is there was made with others.
@@ -77,7 +77,7 @@ def check_kept_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         write_atomically(kept, json.dumps(settings, indent=1) + "\n")
     elif changed := changes(json.loads(kept.read_bytes()), settings):
         raise ValueError(
-            f"{folder} holds the beginning of a table made with other settings ({changed}): go on with those, or "
+            f"{folder} holds the beginning of what was made with other settings ({changed}): go on with those, or "
             "delete it to start anew"
         )
 

@@ -8,37 +8,44 @@ precision, DDP, evaluation and resuming stay the Trainer's own.
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_efx.core.data.example_ids import ID_COLUMN, IdIndex
 from hf_efx.core.scoring.losses import per_example_loss
-from hf_efx.core.scoring.scorer import Scorer, base_model, infer_task
+from hf_efx.core.scoring.scorer import infer_task
 from hf_efx.core.training.step_context import derive_seed
 from hf_efx.core.training.trainer import EfxTrainerMixin
-from hf_efx.rho_loss.checks import check_arguments, check_columns, check_options
-from hf_efx.rho_loss.exchange import gather_equal, sum_over_processes
+from hf_efx.rho_loss.arguments import RHOLossArguments
+from hf_efx.rho_loss.checks import (
+    check_arguments,
+    check_columns,
+    check_options,
+    check_scored_loss,
+    check_weighted_loss,
+    rows_to_draw,
+)
+from hf_efx.rho_loss.exchange import gather_equal
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
 from hf_efx.rho_loss.loader import ColumnRows, ExtraColumnsCollator, can_fetch_columns
-from hf_efx.rho_loss.pending import load_pending, save_pending
-from hf_efx.rho_loss.report import REPORT_NAME, SelectionReport, means, save_report
+from hf_efx.rho_loss.micro_batches import MicroBatch, load_pending, save_pending
+from hf_efx.rho_loss.report import REPORT_NAME, SelectionMetrics, SelectionReport, save_report
 from hf_efx.rho_loss.scoring_model import ScoringModelTraining
-from hf_efx.rho_loss.selecting import WEIGHT, ExampleSelector, MicroBatch, Outcome, TokenSelector
+from hf_efx.rho_loss.selecting import WEIGHT, ExampleSelector, Outcome, TokenSelector, make_selector, take_all
 from hf_efx.rho_loss.selection import get_selection_function
 
 logger = logging.getLogger(__name__)
 
 _Base = Trainer if TYPE_CHECKING else object
 
-_FOLDER, _HISTORY = "rho_loss", "history.safetensors"  # in a checkpoint
+_FOLDER = "rho_loss"  # in a checkpoint
 
 
 class RHOLossMixin(EfxTrainerMixin, _Base):
@@ -54,8 +61,10 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         scoring_model: A model that scores in the trained one's place, for its smaller cost; on the same columns.
         **kwargs: As for the Trainer.
 
+    Options are read when training begins: what is set on `args` later, or by a search, counts.
+
     Raises:
-        ValueError: Before any work, if options, data set, table and model don't belong together.
+        ValueError: If options, data set, table and model don't belong together; here, and again when training begins.
     """
 
     extra_columns = (ID_COLUMN,)
@@ -69,27 +78,36 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
     ) -> None:
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
-        options: Any = self.args
-        self.selection_function = get_selection_function(options.selection)
         if isinstance(irreducible_losses, Dataset):
             irreducible_losses = IrreducibleLosses(irreducible_losses)
         self.irreducible_losses: IrreducibleLosses | None = irreducible_losses
         self.scoring_model = None if scoring_model is None else scoring_model.to(self.args.device)
-        if options.corrupted_column is not None:
-            self.extra_columns = (ID_COLUMN, options.corrupted_column)
         self.selection_report: SelectionReport | None = None
         self._selector: ExampleSelector | TokenSelector | None = None
         self._scoring_training: ScoringModelTraining | None = None
         self._pending: list[MicroBatch] = []  # of steps to come
         self._already_drawn = 0  # batches that a resumed run's loader hands out once more
-        self._checked: tuple[Any, IdIndex | None] = (None, None)  # the training set found to be right; its ids
+        self._checked: tuple[Any, Any, IdIndex | None] | None = None  # a training set found right, for what; its ids
         self._step_started = 0.0
-        check_options(self, self.selection_function, irreducible_losses is not None, scoring_model is not None)
-        self._rows_to_draw(self.args.train_batch_size)
+        self._loss_checked = False
+        self.read_options()
+        self.add_callback(SelectionMetrics(self))
+
+    def read_options(self) -> None:
+        """Takes the options of selection as they stand on `args` now; called again when training begins.
+
+        Raises:
+            ValueError: For a value out of range, or options, data set, table and model that don't belong together.
+        """
+        options: Any = self.args
+        options.check_selection()
+        self.selection_function = get_selection_function(options.selection)
+        corrupted = () if options.corrupted_column is None else (options.corrupted_column,)
+        self.extra_columns = tuple(dict.fromkeys((*type(self).extra_columns, ID_COLUMN, *corrupted)))
+        check_options(self, self.selection_function, self.irreducible_losses is not None)
+        rows_to_draw(options, self.args.train_batch_size)
         if self.train_dataset is not None:
             self._check_train_dataset()
-        if options.report_selection:
-            self.add_callback(_SelectionMetrics(self))
 
     @property
     def _selects(self) -> bool:
@@ -98,23 +116,25 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
     def _check_train_dataset(self) -> IdIndex | None:
         """Refuses a training set without ids, or another one than the table's; gives its rows by id."""
         data: Any = self.train_dataset
-        if data is self._checked[0]:
-            return self._checked[1]
         options: Any = self.args
+        key = (self.extra_columns, options.selection, options.granularity, options.label_smoothing_factor)
+        if self._checked is not None and self._checked[0] is data and self._checked[1] == key:
+            return self._checked[2]
         index = check_columns(data, self.extra_columns)
         if self.irreducible_losses is not None and self.selection_function.needs_irreducible_loss:
             self.irreducible_losses.check(
                 data,
-                task=self._task(),
+                task=self.scored_task(),
                 granularity=options.granularity,
                 label_smoothing=options.label_smoothing_factor,
                 tokenizer=self.processing_class,
             )
             index = self.irreducible_losses.index
-        self._checked = (data, index)
+        self._checked = (data, key, index)
         return index
 
-    def _task(self) -> Any:
+    def scored_task(self) -> Any:
+        """As what the labels are scored."""
         return self.args.scoring_task or infer_task(self._scores_with)  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
@@ -128,17 +148,7 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
     ) -> DataLoader:
         if not is_training:
             return super()._get_dataloader(dataset, description, batch_size, *args, is_training=False, **kwargs)
-        options: Any = self.args
-        index = self._check_train_dataset()
-        self._pending, self._already_drawn = [], 0
-        if options.report_selection:
-            names = ("selection", "selection_ratio", "granularity", "selection_scope", "score_mode", "rescore_every")
-            self.selection_report = SelectionReport(index, {name: getattr(options, name) for name in names})
-        drawn = self._rows_to_draw(batch_size)
-        self._selector = self._make_selector(batch_size, drawn)
-        if options.train_scoring_model and self._selects:
-            assert self.scoring_model is not None
-            self._scoring_training = ScoringModelTraining(self.scoring_model, self.args)
+        drawn = rows_to_draw(self.args, batch_size)
         collator = self.data_collator
         self.data_collator = ExtraColumnsCollator(collator, self.extra_columns)
         try:
@@ -146,78 +156,39 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         finally:
             self.data_collator = collator
 
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._begin_selection(batch_size or self._train_batch_size)
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def _begin_selection(self, batch_size: int) -> None:
+        """Readies a run: nothing is left of one before, and a loader asked for on the way takes nothing from it."""
+        options: Any = self.args
+        self.read_options()
+        index = self._check_train_dataset()
+        self._pending, self._already_drawn, self._loss_checked = [], 0, False
+        self.selection_report = self._scoring_training = None
+        self.current_gradient_accumulation_steps = 1  # the Trainer's, which `compute_loss` reads before it is set
+        if options.report_selection:
+            names = ("selection", "selection_ratio", "granularity", "selection_scope", "score_mode", "rescore_every")
+            self.selection_report = SelectionReport(index, {name: getattr(options, name) for name in names})
+        drawn = rows_to_draw(options, batch_size)
+        self._selector = make_selector(self, batch_size, drawn) if self._selects else None
+        if options.train_scoring_model and self._selects:
+            assert self.scoring_model is not None
+            self._scoring_training = ScoringModelTraining(self.scoring_model, self.args)
+        if drawn > batch_size and options.max_steps <= 0:
+            logger.info(
+                "num_train_epochs=%g counts what is drawn, %d rows for each %d trained on: %g of the data set's rows "
+                "are trained on. max_steps counts optimizer steps.",
+                *(options.num_train_epochs, drawn, batch_size, options.num_train_epochs * batch_size / drawn),
+            )
+
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         dataset = super()._remove_unused_columns(dataset, description)
         collator = self.data_collator
         if isinstance(collator, ExtraColumnsCollator) and can_fetch_columns(dataset, collator.collator):
             return ColumnRows(dataset)
         return dataset
-
-    def _rows_to_draw(self, batch_size: int) -> int:
-        """n_B, shared out over the steps that one draw serves."""
-        options: Any = self.args
-        if options.granularity == "token" or not self._selects:
-            return batch_size
-        drawn = round(batch_size / options.selection_ratio / options.rescore_every)
-        if drawn <= batch_size:
-            raise ValueError(
-                f"selection_ratio={options.selection_ratio} and rescore_every={options.rescore_every} draw {drawn} "
-                f"rows to choose per_device_train_batch_size={batch_size} from: lower one of the first two."
-            )
-        return drawn
-
-    def _make_selector(self, chosen: int, drawn: int) -> ExampleSelector | TokenSelector | None:
-        options: Any = self.args
-        if not self._selects:
-            return None
-        function = self.selection_function
-        by_token = options.granularity == "token"
-        quantities = set(function.quantities)
-        if quantities or by_token:
-            quantities |= {"count"}
-            if options.report_selection and self._task() != "regression":
-                quantities |= {"correct"}
-        scorer = Scorer(
-            sorted(quantities),
-            task=options.scoring_task,
-            granularity=options.granularity,
-            label_smoothing=options.label_smoothing_factor,
-            mode=options.score_mode,
-            precision=options.scoring_precision,
-            batch_size=options.scoring_batch_size,
-            mc_samples=options.mc_samples,
-        )
-        table = self.irreducible_losses if function.needs_irreducible_loss else None
-        corrupted = options.corrupted_column if options.report_selection else None
-        if by_token:
-            return TokenSelector(function, scorer, self._task(), table, options.selection_ratio, corrupted)
-        together = options.selection_scope == "global"
-        return ExampleSelector(
-            function,
-            scorer if quantities else None,
-            self._task() if table is not None else None,
-            table,
-            chosen,
-            drawn,
-            corrupted,
-            padding=self._padding(),
-            side=getattr(self.processing_class, "padding_side", "right"),
-            world_size=self.args.world_size if together else 1,
-            rank=self.args.process_index if together else 0,
-        )
-
-    def _padding(self) -> dict[str, float]:
-        """What fills the columns of rows of unequal width, which come together from several draws."""
-        token = self._pad_token_id()
-        return {"input_ids": token, "decoder_input_ids": token, "decoder_attention_mask": 0, "position_ids": 0}
-
-    def _pad_token_id(self) -> int:
-        config = getattr(base_model(self.model), "config", None)  # pyright: ignore[reportArgumentType]
-        for source in (self.processing_class, getattr(self.processing_class, "tokenizer", None), config):
-            token = getattr(source, "pad_token_id", None)
-            if token is not None:
-                return token
-        return 0
 
     # --- choosing
 
@@ -235,7 +206,10 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         self._already_drawn = 0
         if self._selector is None:
             batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-            chosen = self._take_whole(batches)
+            outcome = take_all(batches, self.args.corrupted_column)  # pyright: ignore[reportAttributeAccessIssue]
+            chosen = outcome.micro_batches
+            if chosen:
+                self._report(outcome, time.perf_counter() - self._step_started, 0.0)
         else:
             if not self._pending:
                 self._pending = self._choose(epoch_iterator, num_batches)
@@ -254,24 +228,24 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         if not drawn:
             return []
         loaded = time.perf_counter()
+        if not self._loss_checked:
+            self._check_scored_loss(drawn[0])
         rank = self.args.process_index if options.selection_scope == "process" else None
         seed = derive_seed(self.args.seed, self.state.global_step, 0, rank, "rho_loss")
         outcome = self._selector(self._scores_with, drawn, torch.Generator().manual_seed(seed))
         self._report(outcome, loaded - self._step_started, time.perf_counter() - loaded)
         return outcome.micro_batches
 
-    def _take_whole(self, batches: list[Any]) -> list[MicroBatch]:
-        """Nothing is chosen: all that was drawn is trained on, as it is."""
-        ids = [batch[ID_COLUMN].reshape(-1).cpu() for batch in batches]
-        chosen = [MicroBatch(b, i, torch.full(i.shape, torch.nan)) for b, i in zip(batches, ids, strict=True)]
-        if chosen and self.selection_report is not None:
-            outcome = Outcome(chosen, sum(map(len, ids)))
-            column = self.args.corrupted_column  # pyright: ignore[reportAttributeAccessIssue]
-            if column is not None:
-                values = torch.cat([batch[column].reshape(-1) for batch in batches]).cpu().numpy()
-                outcome.shares["corrupted_share"] = (values, values)
-            self._report(outcome, time.perf_counter() - self._step_started, 0.0)
-        return chosen
+    def _check_scored_loss(self, batch: Any) -> None:
+        """Compares, once a run, what is scored with what is trained; `scoring_task` says that they may differ."""
+        self._loss_checked = True
+        options: Any = self.args
+        inputs = {name: value for name, value in batch.items() if name not in self.extra_columns}
+        reads_loss = {"loss", "mc_loss", "grad_norm"} & {*self.selection_function.quantities}
+        if self.selection_function.sampled:
+            check_weighted_loss(self, inputs, WEIGHT)
+        if self.scoring_model is None and options.scoring_task is None and reads_loss:
+            check_scored_loss(self, inputs, self.scored_task(), options.label_smoothing_factor)
 
     def _report(self, outcome: Outcome, loading: float, scoring: float) -> None:
         if self.selection_report is None:
@@ -313,11 +287,14 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         outputs = model(**inputs)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         losses, _ = per_example_loss(
-            logits, inputs["labels"], self._task(), label_smoothing=options.label_smoothing_factor
+            logits, inputs["labels"], self.scored_task(), label_smoothing=options.label_smoothing_factor
         )
         loss = (weights.to(losses.device) * losses).mean()
-        # The Trainer takes a loss of a model that is given the count for scaled already (`training_step`).
-        if (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None:
+        # What the Trainer takes for scaled already (`training_step`), it doesn't divide.
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        if scaled:
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
@@ -334,7 +311,7 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         if self.selection_report is not None:
             self.save_selection_report(output_dir)
             if first:
-                save_file({"last_epoch": torch.from_numpy(self.selection_report.last_epoch)}, folder / _HISTORY)
+                self.selection_report.save_history(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -348,7 +325,7 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
             self._scoring_training.load(folder)
         if self.selection_report is not None and Path(checkpoint, REPORT_NAME).is_file():
             self.selection_report.load(Path(checkpoint), self.is_world_process_zero())
-            self.selection_report.last_epoch = load_file(folder / _HISTORY)["last_epoch"].numpy()
+            self.selection_report.load_history(folder)
 
     def save_selection_report(self, folder: str) -> None:
         """Writes what was chosen so far, by all processes, as selection_report.json; all processes must call it."""
@@ -359,37 +336,63 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
 
 
 class RHOLossTrainer(RHOLossMixin, Trainer):
-    """`transformers.Trainer` that chooses what it trains on; see `RHOLossMixin`."""
+    """`transformers.Trainer` that chooses what it trains on.
 
+    Args:
+        model: What is trained; or None, and `model_init`.
+        args: `RHOLossArguments`; None for defaults.
+        data_collator: Makes a batch of a list of examples; columns of selection pass it by.
+        train_dataset: With a column `example_id` (`add_example_ids`, before any map).
+        eval_dataset: What `evaluate` takes: one, or several by name.
+        processing_class: Tokenizer, image or feature processor, saved with the model.
+        model_init: Makes the model at each `train`; what a hyperparameter search needs.
+        compute_loss_func: The loss of (outputs, labels, num_items_in_batch), instead of the model's own: the mean of
+            what examples are scored by, or `args.scoring_task` says that it needn't be.
+        compute_metrics: Figures of an `EvalPrediction`, by name.
+        callbacks: Besides the Trainer's own.
+        optimizers: A ready optimizer and scheduler.
+        optimizer_cls_and_kwargs: A class and its arguments instead.
+        preprocess_logits_for_metrics: What `compute_metrics` gets of (logits, labels).
+        irreducible_losses: The table of `compute_irreducible_losses`, for the selections that read it.
+        scoring_model: A model that scores in the trained one's place, for its smaller cost; on the same columns.
 
-class _SelectionMetrics(TrainerCallback):
-    """Hands the figures of all processes to the next training log, and saves the report at the end."""
+    Raises:
+        ValueError: Before any work, if options, data set, table and model don't belong together.
+    """
 
-    def __init__(self, trainer: RHOLossMixin) -> None:
-        self.trainer = trainer
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        *,
+        irreducible_losses: Dataset | IrreducibleLosses | None = None,
+        scoring_model: nn.Module | None = None,
     ) -> None:
-        report = self.trainer.selection_report
-        if report is not None:
-            report.add_step(time.perf_counter() - self.trainer._step_started)
-        # The summary shows what the last log doesn't.
-        self._log(control.should_log or control.should_training_stop)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._log(control.should_log)
-
-    def _log(self, now: bool) -> None:
-        report = self.trainer.selection_report
-        if now and report is not None:
-            sums = sum_over_processes(report.end_window(), self.trainer.args.device)
-            self.trainer.add_metrics({f"rho_loss/{name}": value for name, value in means(sums).items()})
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.trainer.selection_report is not None:
-            self.trainer.save_selection_report(str(args.output_dir))
+        super().__init__(
+            model,
+            RHOLossArguments() if args is None else args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            irreducible_losses=irreducible_losses,
+            scoring_model=scoring_model,
+        )

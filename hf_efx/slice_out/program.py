@@ -75,7 +75,8 @@ def _program(
     def sliced(args: Any) -> EfxTrainer:
         clock = TrainingClock()
         model = get_efx_model(unload(job.model()), config)  # slices that a checkpoint was trained with give way
-        return task_trainer(job.task, EfxTrainer, model, args, [SliceOutCallback(measure_time=True, clock=clock), clock])
+        callbacks = [SliceOutCallback(measure_time=True, clock=clock), clock]
+        return task_trainer(job.task, EfxTrainer, model, args, callbacks)
 
     def beside(name: str) -> PlannedRun:
         def whole(args: Any) -> EfxTrainer:

@@ -175,7 +175,8 @@ def train(trainer: Any, watch: Any, folder: str) -> dict[str, Any]:
 
 def irreducible_table(images: Images, seed: int, folder: Path, kind: str = "mlp") -> tuple[Any, dict[str, Any]]:
     """Trains a small model on the holdout and makes the table, or reads it; figures and cost lie beside it."""
-    from hf_efx.rho_loss.irreducible import compute_irreducible_losses, load_irreducible_losses
+    from hf_efx.rho_loss.irreducible import compute_irreducible_losses
+    from hf_efx.rho_loss.irreducible_table import load_irreducible_losses
     from hf_efx.rho_loss.trainer import RHOLossTrainer
 
     figures = folder.with_suffix(".json")
@@ -207,7 +208,7 @@ def cross_fit_table(images: Images, seed: int, folder: Path, name: str = "mlp-12
     from transformers import TrainingArguments
 
     from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses
-    from hf_efx.rho_loss.irreducible import load_irreducible_losses
+    from hf_efx.rho_loss.irreducible_table import load_irreducible_losses
 
     figures = folder.with_suffix(".json")
     if figures.exists():

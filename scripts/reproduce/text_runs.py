@@ -138,7 +138,8 @@ def run_encoder(
 
 def _words_table(holdout: Any, target: Any, collator: Any, classes: int, seed: int, folder: Path) -> tuple[Any, float]:
     """Trains the bag of words on the holdout and makes the table."""
-    from hf_efx.rho_loss.irreducible import compute_irreducible_losses, load_irreducible_losses
+    from hf_efx.rho_loss.irreducible import compute_irreducible_losses
+    from hf_efx.rho_loss.irreducible_table import load_irreducible_losses
 
     figures = folder.with_suffix(".json")
     if figures.exists():
@@ -239,7 +240,8 @@ def _lm_table(
     model: Any, holdout: Any, target: Any, collator: Any, granularity: Any, job: Job, folder: Path
 ) -> tuple[Any, float]:
     """Trains the same small model on the holdout, its rate falling to 0, and makes the table."""
-    from hf_efx.rho_loss.irreducible import compute_irreducible_losses, load_irreducible_losses
+    from hf_efx.rho_loss.irreducible import compute_irreducible_losses
+    from hf_efx.rho_loss.irreducible_table import load_irreducible_losses
     from hf_efx.rho_loss.trainer import RHOLossTrainer
 
     figures = folder.with_suffix(".json")

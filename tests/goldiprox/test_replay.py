@@ -3,6 +3,7 @@
 A proxy's own trace: test_trainer.py; two processes: test_two_processes.py.
 """
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from two_processes import Kill, losses
 
 from hf_efx.core.data.tables import data_fingerprint
 from hf_efx.core.data.text_data import byte_tokenizer
-from hf_efx.goldiprox import GoldiProxMixin, ReplayMixin, ReplayTrainer, SelectionSequence
+from hf_efx.core.training.arguments import EfxArguments
+from hf_efx.goldiprox import GoldiProxMixin, GoldiProxTrainer, ReplayMixin, ReplayTrainer, SelectionSequence
 from hf_efx.rho_loss.arguments import RHOLossArgumentsMixin
 
 from .tiny import ROWS, STEPS, arguments, assert_equal_weights, data, draw, model, replay, sequence
+
+PARAMETERS = list(inspect.signature(Trainer).parameters)
 
 
 def flat(batches: list[list[int]]) -> list[int]:
@@ -137,6 +141,33 @@ def test_resume_with_another_sequence_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2" / "replay.json").unlink()
     with pytest.raises(ValueError, match="belongs to no replay"):
         first.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_options_set_on_the_arguments_later_are_checked_before_the_first_step(tmp_path: Path) -> None:
+    for name, value, words in (
+        ("train_sampling_strategy", "group_by_length", "'group_by_length' would change the order"),
+        ("ignore_data_skip", True, "ignore_data_skip=True"),
+        ("gradient_accumulation_steps", 2, "is 16 examples a step, but the sequence has 8"),
+        ("max_steps", 7, "max_steps=7, but the sequence has 6 steps"),
+    ):
+        run = replay(tmp_path, sequence(draw()))
+        setattr(run.args, name, value)
+        with pytest.raises(ValueError, match=words):
+            run.train()
+        assert run.state.global_step == 0
+
+
+def test_named_arguments_and_default_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = ReplayTrainer(model(), train_dataset=data(), sequence=sequence(draw()))  # 8 a step, as in the defaults
+    assert isinstance(run.args, EfxArguments)
+    for cls in (ReplayTrainer, GoldiProxTrainer):
+        names = list(inspect.signature(cls).parameters)
+        assert names[: len(PARAMETERS)] == PARAMETERS
+    assert set(inspect.signature(GoldiProxTrainer).parameters) - set(PARAMETERS) == {
+        "irreducible_losses",
+        "scoring_model",
+    }
 
 
 def test_data_without_its_raw_columns_is_checked_by_the_raw_data(tmp_path: Path) -> None:

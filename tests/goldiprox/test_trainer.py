@@ -255,6 +255,20 @@ def test_what_a_sequence_cannot_hold_is_refused(
     assert not (tmp_path / RECORDING_FOLDER).exists()
 
 
+def test_options_set_on_the_arguments_later_are_read_when_select_begins(tmp_path: Path) -> None:
+    changed = {"selection": "loss", "selection_ratio": 0.5, "scoring_precision": "auto"}
+    late = proxy(tmp_path / "late")
+    for name, value in changed.items():
+        setattr(late.args, name, value)
+    trace, expected = late.select(2), proxy(tmp_path / "early", **changed).select(2)
+    assert trace.settings == expected.settings and trace.dataset.to_dict() == expected.dataset.to_dict()
+    assert trace.settings["score"]["selection"] == "loss" and trace.settings["data"]["columns"] == COLUMNS
+    assert trace.settings["score"]["scoring_precision"] in (None, "bf16")  # what ran
+    late.args.selection = "grad_norm_is"
+    with pytest.raises(ValueError, match="selection='grad_norm_is' weighs its examples"):
+        late.select(2)
+
+
 def test_larger_model_replays_a_shared_sequence(tmp_path: Path) -> None:
     proxy(tmp_path / "proxy").select(3).save_to_disk(tmp_path / "shared")
     shared = SelectionSequence.load_from_disk(tmp_path / "shared")

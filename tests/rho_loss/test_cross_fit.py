@@ -14,13 +14,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_efx.core.data.tables import IdIndex, settings_of
 from hf_efx.rho_loss import cross_fit
-from hf_efx.rho_loss.cross_fit import (
-    cross_fit_irreducible_losses,
-    deal_folds,
-    refuse_scored,
-    train_irreducible_model,
-)
-from hf_efx.rho_loss.irreducible import IrreducibleLosses, load_irreducible_losses
+from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses, deal_folds, refuse_scored
+from hf_efx.rho_loss.irreducible import train_irreducible_model
+from hf_efx.rho_loss.irreducible_table import IrreducibleLosses, load_irreducible_losses
 
 ROWS = 60
 

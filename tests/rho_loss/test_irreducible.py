@@ -17,12 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from hf_efx.core.data.tables import settings_of, with_settings
 from hf_efx.core.data.text_data import TextCollator, byte_tokenizer
 from hf_efx.rho_loss import shards
-from hf_efx.rho_loss.irreducible import (
-    IrreducibleLosses,
-    compute_irreducible_losses,
-    load_irreducible_losses,
-    save_irreducible_losses,
-)
+from hf_efx.rho_loss.irreducible import compute_irreducible_losses
+from hf_efx.rho_loss.irreducible_table import IrreducibleLosses, load_irreducible_losses, save_irreducible_losses
 
 ROWS = 50
 
@@ -160,7 +156,7 @@ def test_an_interrupted_table_goes_on_where_it_stopped(tmp_path, scored, table):
         compute(output_dir=tmp_path / "t")
     assert scored == every[: len(scored)] and 20 <= len(scored) <= 25
     assert [path.name for path in tmp_path.iterdir()] == ["t.partial"]
-    with pytest.raises(ValueError, match=r"beginning of a table made with other settings \(label_smoothing: 0.0, "):
+    with pytest.raises(ValueError, match=r"beginning of what was made with other settings \(label_smoothing: 0.0, "):
         compute(output_dir=tmp_path / "t", label_smoothing=0.1)
     scored.clear()
     scored.fail_at = None
@@ -363,7 +359,7 @@ def test_unusable_tables_are_refused(table):
 PUSH = """
     import json, sys
     from hf_efx.core.data.tables import settings_of
-    from hf_efx.rho_loss.irreducible import load_irreducible_losses, push_irreducible_losses
+    from hf_efx.rho_loss.irreducible_table import load_irreducible_losses, push_irreducible_losses
 
     push_irreducible_losses(load_irreducible_losses(sys.argv[1]), "tester/irreducible", private=True)
     pulled = load_irreducible_losses("tester/irreducible")

@@ -11,7 +11,7 @@ from hf_efx.rho_loss.selection import (
     SELECTION_FUNCTIONS,
     get_selection_function,
     register_selection_function,
-    select,
+    select_examples,
     select_tokens,
 )
 
@@ -22,7 +22,8 @@ VALUES = {
     "grad_norm": torch.tensor([0.4, 0.1, 0.3, 0.2]),
     "entropy": torch.tensor([0.1, 0.2, 0.4, 0.3]),
     "conditional_entropy": torch.tensor([0.9, 3.8, 0.4, 0.2]),
-    "bald": torch.tensor([0.3, 0.1, 0.2, 0.4]),
+    "bald": torch.tensor([0.3, 0.1, 0.9, 0.4]),
+    "mc_loss": torch.tensor([2.0, 3.7, 0.2, 0.5]),
 }
 # Rows from the highest score down, worked out by hand.
 RANKINGS = {
@@ -33,8 +34,10 @@ RANKINGS = {
     "rho_loss": [2, 3, 0, 1],  # 0.5, 0.1, 1.9, 1.0
     "entropy": [2, 3, 1, 0],
     "conditional_entropy": [1, 0, 2, 3],
-    "bald": [3, 0, 2, 1],
+    "mc_entropy": [1, 2, 0, 3],  # 1.2, 3.9, 1.3, 0.6
+    "bald": [2, 3, 0, 1],
     "loss_minus_conditional_entropy": [3, 2, 1, 0],  # 0.1, 0.2, 1.6, 2.8
+    "mc_loss_minus_conditional_entropy": [0, 3, 1, 2],  # 1.1, -0.1, -0.2, 0.3
 }
 
 
@@ -50,7 +53,7 @@ def test_rankings_by_hand(name):
     assert _ranking(name, {need: VALUES[need] for need in function.needs}) == RANKINGS[name]
 
 
-def test_the_ten_functions_say_what_they_need():
+def test_the_functions_say_what_they_need():
     assert set(SELECTION_FUNCTIONS) == {"uniform", *RANKINGS}
     for name, function in SELECTION_FUNCTIONS.items():
         assert function.name == name and function.help.endswith(".")
@@ -71,31 +74,39 @@ def test_limits_of_the_reducible_loss():
 
 
 def test_the_highest_rows_come_in_the_batch_s_order():
-    selection = select(torch.tensor([0.1, 0.9, 0.5, 0.7]), torch.tensor([40, 30, 20, 10]), 2)
+    selection = select_examples(torch.tensor([0.1, 0.9, 0.5, 0.7]), 2, ids=torch.tensor([40, 30, 20, 10]))
     assert selection.rows.tolist() == [1, 3] and selection.weights is None
-    assert select(torch.rand(5), torch.arange(5), 5).rows.tolist() == [0, 1, 2, 3, 4]
+    assert select_examples(torch.rand(5), 5).rows.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_share_of_the_rows():
+    scores = torch.arange(100.0)
+    for count, rows in ((0.29, 29), (0.005, 1), (1.0, 100), (1, 1)):
+        assert select_examples(scores, count).rows.tolist() == list(range(100 - rows, 100))
 
 
 def test_ties_go_to_the_smaller_id():
     ids = torch.tensor([7, 3, 9, 1])
-    assert select(torch.ones(4), ids, 2).rows.tolist() == [1, 3]
-    assert select(torch.tensor([1.0, 1.0, 2.0, 0.0]), ids, 2).rows.tolist() == [1, 2]
+    assert select_examples(torch.ones(4), 2, ids=ids).rows.tolist() == [1, 3]
+    assert select_examples(torch.tensor([1.0, 1.0, 2.0, 0.0]), 2, ids=ids).rows.tolist() == [1, 2]
     # 16 rows and more sort by another algorithm.
     ids = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
-    assert sorted(ids[select(torch.zeros(1000), ids, 100).rows].tolist()) == list(range(100))
+    assert sorted(ids[select_examples(torch.zeros(1000), 100, ids=ids).rows].tolist()) == list(range(100))
 
 
 def test_minus_infinity_is_chosen_last():
     scores = torch.tensor([-INF, -5.0, -INF, -7.0])
-    assert select(scores, torch.arange(4), 2).rows.tolist() == [1, 3]
-    assert select(scores, torch.arange(4), 3).rows.tolist() == [0, 1, 3]
+    assert select_examples(scores, 2, ids=torch.arange(4)).rows.tolist() == [1, 3]
+    assert select_examples(scores, 3, ids=torch.arange(4)).rows.tolist() == [0, 1, 3]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, INF])
 def test_nan_and_infinity_are_refused_by_id(bad, sampled):
     with pytest.raises(ValueError, match=r"1 scores can't be ranked.*\{77: (nan|inf)\}"):
-        select(torch.tensor([1.0, bad]), torch.tensor([5, 77]), 1, sampled=sampled, generator=torch.Generator())
+        select_examples(
+            torch.tensor([1.0, bad]), 1, ids=torch.tensor([5, 77]), sampled=sampled, generator=torch.Generator()
+        )
 
 
 @pytest.mark.parametrize(
@@ -106,17 +117,23 @@ def test_nan_and_infinity_are_refused_by_id(bad, sampled):
         (torch.ones(3), 1, {}, r"shape \[3\] don't belong to ids of shape \[4\]"),
         (torch.ones(4), 1, {"sampled": True}, "generator=None"),
         (None, 1, {}, "generator=None"),
+        (None, 1, {"ids": None}, "scores=None and ids=None don't say how many"),
+        (torch.ones(4), 0.0, {}, "count=0.0 as a share"),
+        (torch.ones(4), 1.5, {}, "count=1.5 as a share"),
+        (torch.ones(2, 2), 1, {"ids": None}, r"shape \[2, 2\] don't belong"),
         (-torch.ones(4), 1, {"sampled": True, "generator": torch.Generator()}, "0 or more.*0: -1.0"),
     ],
 )
 def test_wrong_input_is_refused(scores, count, options, message):
     with pytest.raises(ValueError, match=message):
-        select(scores, torch.arange(4), count, **options)
+        select_examples(scores, count, **{"ids": torch.arange(4), **options})
 
 
 def test_uniform_draws_different_rows_with_the_generator():
     def draw(seed):
-        return select(None, torch.arange(50), 10, generator=torch.Generator().manual_seed(seed)).rows.tolist()
+        return select_examples(
+            None, 10, ids=torch.arange(50), generator=torch.Generator().manual_seed(seed)
+        ).rows.tolist()
 
     before = torch.get_rng_state()
     assert draw(1) == draw(1) == sorted(set(draw(1))) != draw(2)
@@ -124,41 +141,45 @@ def test_uniform_draws_different_rows_with_the_generator():
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(50)
     for _ in range(2000):
-        counts[select(None, torch.arange(50), 10, generator=generator).rows] += 1
+        counts[select_examples(None, 10, ids=torch.arange(50), generator=generator).rows] += 1
     assert (counts / 2000 - 0.2).abs().max() < 5 * math.sqrt(0.2 * 0.8 / 2000)
 
 
 def test_sampling_weights_by_hand():
     scores = torch.tensor([3.0, 0.0, 1.0, -INF])  # p = 3/4, 0, 1/4 of three rows that count
-    selection = select(scores, torch.arange(4), 4, sampled=True, generator=torch.Generator().manual_seed(0))
+    selection = select_examples(
+        scores, 4, ids=torch.arange(4), sampled=True, generator=torch.Generator().manual_seed(0)
+    )
     assert selection.weights is not None and len(selection.rows) == 4
     assert selection.rows.tolist() == sorted(selection.rows.tolist()) and set(selection.rows.tolist()) == {0, 2}
     weights = {0: 1 / (3 * 0.75), 2: 1 / (3 * 0.25)}
     torch.testing.assert_close(selection.weights, torch.tensor([weights[row] for row in selection.rows.tolist()]))
 
 
-def test_sampling_is_unbiased_over_ten_thousand_draws():
+def test_sampling_is_unbiased_over_ten_thousand_rows():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 5, generator=generator, dtype=torch.float64) * 2
     labels = torch.randint(0, 5, (40,), generator=generator)
     gradients = torch.softmax(logits, -1) - torch.nn.functional.one_hot(labels, 5)
-    scores, mean, draws = gradients.norm(dim=1), gradients.mean(0), 10_000
+    scores, mean, draws = gradients.norm(dim=1), gradients.mean(0), 400
     estimates = torch.zeros(draws, 5, dtype=torch.float64)
     for draw in range(draws):
-        rows, weights = select(scores, torch.arange(40), 4, sampled=True, generator=generator)
+        rows, weights = select_examples(scores, 40, ids=torch.arange(40), sampled=True, generator=generator)
         assert weights is not None
         estimates[draw] = (weights[:, None] * gradients[rows]).mean(0)
     error = (estimates.mean(0) - mean) / (estimates.std(0) / math.sqrt(draws))
     assert error.abs().max() < 4  # standard errors
-    # What it is for: less variance than as many rows drawn uniformly.
-    uniform = (gradients - mean).square().sum(1).mean() / 4
+    # What it is for: less variance than as many rows drawn uniformly, with replacement.
+    uniform = (gradients - mean).square().sum(1).mean() / 40
     assert estimates.var(0).sum() < 0.9 * uniform
 
 
 @pytest.mark.parametrize("scores", [torch.zeros(3), torch.full((3,), -INF)], ids=["zero", "nothing to train on"])
 def test_sampling_without_mass_is_uniform(scores):
     generator = torch.Generator().manual_seed(0)
-    selections = [select(scores, torch.arange(3), 1, sampled=True, generator=generator) for _ in range(50)]
+    selections = [
+        select_examples(scores, 1, ids=torch.arange(3), sampled=True, generator=generator) for _ in range(50)
+    ]
     assert {selection.rows.item() for selection in selections} == {0, 1, 2}
     assert all(selection.weights is not None and selection.weights.item() == 1 for selection in selections)
 
@@ -184,10 +205,11 @@ def test_a_function_of_one_s_own():
     assert "typo" not in SELECTION_FUNCTIONS
 
 
-def test_the_docstring_s_example_runs():
-    example = doctest.DocTestFinder().find(register_selection_function, globs={})
+def test_the_docstrings_examples_run():
+    finder = doctest.DocTestFinder()
+    examples = [*finder.find(register_selection_function, globs={}), *finder.find(select_examples, globs={})]
     try:
-        assert [doctest.DocTestRunner().run(test) for test in example] == [(0, 2)]
+        assert [doctest.DocTestRunner().run(test) for test in examples] == [(0, 2), (0, 3)]
         assert SELECTION_FUNCTIONS["half_rho"].quantities == ("loss",)
     finally:
         SELECTION_FUNCTIONS.pop("half_rho", None)

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_efx.core.scoring.losses import per_example_loss
+from hf_efx.rho_loss.checks import rows_to_draw
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
 from hf_efx.rho_loss.selection import SELECTION_FUNCTIONS
 from rho_loss.runs import (
@@ -196,7 +197,7 @@ def test_a_cycle_ends_with_the_epoch(tmp_path: Path) -> None:
     """Draws of 16 / 3 = 5 rows: 32 of them in an epoch, ten cycles of three and one of two."""
     run = trainer(tmp_path, rescore_every=3, max_steps=40)
     run.train()
-    assert run._rows_to_draw(4) == 5
+    assert rows_to_draw(run.args, 4) == 5
     epochs = [{i for step in part for i in run.ids[step]} for part in (range(32), range(32, 40))]
     assert len(epochs[0]) == 32 * 4 and len(epochs[1]) == 8 * 4  # nobody twice in an epoch
 

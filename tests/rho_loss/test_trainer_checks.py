@@ -34,6 +34,17 @@ def test_options_that_cant_be(tmp_path: Path, options: dict[str, Any], message: 
         trainer(tmp_path, **options)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_unequal_draws_of_two_processes_are_refused_on_each(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(tmp_path, selection="loss", accelerator_config={"even_batches": False})
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    monkeypatch.setattr(TrainingArguments, "process_index", property(lambda self: rank))
+    with pytest.raises(ValueError, match="even_batches=False in accelerator_config lets processes draw unequal"):
+        RHOLossTrainer(Net(), args, train_dataset=data())
+
+
 @pytest.mark.parametrize("cls", [TrainingArguments, EfxArguments])
 def test_arguments_without_our_options(tmp_path: Path, cls: Any) -> None:
     with pytest.raises(ValueError, match=f"args is a {cls.__name__}: pass RHOLossArguments"):
@@ -99,9 +110,3 @@ def test_scores_that_arent_numbers(tmp_path: Path) -> None:
 def test_a_run_without_a_table_checks_nothing_of_it(tmp_path: Path) -> None:
     """A table that isn't read may be of anything."""
     text_trainer(tmp_path, selection="loss", irreducible_losses=standard_table(), label_smoothing_factor=0.1)
-
-
-def test_a_loss_of_ones_own_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = arguments(tmp_path, selection="loss")
-    RHOLossTrainer(Net(), options, train_dataset=data(), compute_loss_func=lambda *a, **k: 0)  # type: ignore[arg-type]
-    assert "compute_loss_func trains on another loss than the model's own" in caplog.text

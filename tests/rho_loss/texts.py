@@ -85,5 +85,6 @@ class TokenRecorder(Recorder):
     """Notes the batches that the model is given, too."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self.batches = [*getattr(self, "batches", []), {name: value.clone() for name, value in inputs.items()}]
+        if model.training:  # not the once that what is scored is compared with what is trained
+            self.batches = [*getattr(self, "batches", []), {name: value.clone() for name, value in inputs.items()}]
         return super().compute_loss(model, inputs, *args, **kwargs)

@@ -30,7 +30,7 @@ Precision = Literal["bf16", "fp16"]
 # Each is one number per example, or per token. The first group is read off one forward pass, the second off
 # `mc_samples` passes with dropout.
 _ONE_PASS = ("loss", "count", "correct", "grad_norm", "entropy")
-_SAMPLED = ("conditional_entropy", "bald")
+_SAMPLED = ("conditional_entropy", "bald", "mc_loss")
 QUANTITIES = (*_ONE_PASS, *_SAMPLED)
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,6 +62,15 @@ _UNSHIFTED = {
     "XLMWithLMHeadModel",
     "XLNetLMHeadModel",
 }
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in units of its own; without them autocast is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":  # torch offers the instruction sets under no public name in all versions that we take
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
 
 
 def infer_task(model: nn.Module) -> Task:
@@ -113,7 +122,8 @@ class Scorer:
     of them that the model predicts, `grad_norm` the norm of the loss' gradient at the logits, ||softmax(z) - onehot||
     without smoothing, and `entropy` the prediction's, in nats. `conditional_entropy` is the mean entropy of
     `mc_samples` predictions with dropout, `bald` the entropy of their mean less that: the mutual information of
-    prediction and weights. All but `count` are means over an example's valid labels, 0 where it has none.
+    prediction and weights, and `mc_loss` the mean loss of those predictions. All but `count` are means over an
+    example's valid labels, 0 where it has none.
 
     Attributes:
         quantities: Any of `QUANTITIES`.
@@ -217,22 +227,30 @@ class Scorer:
         return measure(logits, labels, call.task, names, self.granularity, self.label_smoothing)
 
     def _sampled(self, call: Forward, chunk: Mapping[str, Any], names: list[str]) -> dict[str, torch.Tensor]:
-        """Mean entropy and mutual information over samples, and how far [n] the samples are apart."""
+        """Mean entropy, mutual information and mean loss over samples, and how far [n] the samples are apart."""
         first, labels = call(chunk)
-        check_inputs(first, labels, call.task, self.granularity)
+        check_inputs(first, labels, call.task, self.granularity, self.label_smoothing)
+        labels, with_loss = labels.to(first.device), "mc_loss" in names
+        options: Any = {"granularity": self.granularity, "label_smoothing": self.label_smoothing}
         mean = F.softmax(first, -1, dtype=torch.float32)
         conditional, spread = entropy(mean), torch.zeros(len(first), device=first.device)
+        losses = [per_example_loss(first, labels, call.task, **options)[0]] if with_loss else []
         for _ in range(self.mc_samples - 1):
             logits, _ = call(chunk)
             probs = F.softmax(logits, -1, dtype=torch.float32)
             conditional += entropy(probs)
             mean += probs
+            if with_loss:
+                losses.append(per_example_loss(logits, labels, call.task, **options)[0])
             spread = torch.maximum(spread, (logits - first).abs().flatten(1).amax(1).float())
         conditional /= self.mc_samples
         bald = (entropy(mean / self.mc_samples) - conditional).clamp(min=0)  # rounding alone makes it negative
         values = {"conditional_entropy": conditional, "bald": bald}
         mask = aligned_labels(labels, call.task) != IGNORE_INDEX
-        return {**_summarised({name: values[name] for name in names}, mask, self.granularity), "spread": spread}
+        results = _summarised({name: values[name] for name in names if name in values}, mask, self.granularity)
+        if with_loss:
+            results["mc_loss"] = torch.stack(losses).float().mean(0)
+        return {**results, "spread": spread}
 
     def _check_spread(self, spread: torch.Tensor) -> None:
         if not spread.any():

@@ -145,9 +145,11 @@ def test_mutual_information_by_hand():
     sure = torch.tensor([[50.0, -50.0], [0.0, 0.0]])
     model = Scripted([sure, torch.stack([-sure[0], sure[1]])])
     batch = {"x": torch.arange(2), "labels": torch.tensor([0, 0])}
-    scores = Scorer(("bald", "conditional_entropy"), task="classification", mc_samples=2)(model, batch)
+    scores = Scorer(("bald", "conditional_entropy", "mc_loss"), task="classification", mc_samples=2)(model, batch)
     torch.testing.assert_close(scores["bald"], torch.tensor([math.log(2), 0.0]), atol=1e-6, rtol=0)
     torch.testing.assert_close(scores["conditional_entropy"], torch.tensor([0.0, math.log(2)]), atol=1e-6, rtol=0)
+    # Labels of class 0: no loss and 100 nats in row 0, ln 2 twice in row 1.
+    torch.testing.assert_close(scores["mc_loss"], torch.tensor([50.0, math.log(2)]), atol=1e-6, rtol=0)
     assert model.calls == 2  # no pass for quantities that nobody asked for
 
 
@@ -162,6 +164,9 @@ def test_dropout_samples_of_a_transformer():
     assert torch.equal(scores["bald"], again["bald"])  # the random state was put back
     tokens = Scorer(quantities, granularity="token", mc_samples=3)(model, batch)
     assert torch.equal(tokens["mask"], Scorer(granularity="token")(model, batch)["mask"])
+    losses = [Scorer(("mc_loss",), granularity=kind, mc_samples=3)(model, batch) for kind in ("example", "token")]
+    counts = losses[1]["mask"].sum(1).clamp(min=1)
+    torch.testing.assert_close(losses[0]["mc_loss"], losses[1]["mc_loss"].sum(1) / counts)
     model = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     with pytest.raises(ValueError, match="10 samples of the model are all alike: raise its dropout"):
         Scorer(quantities)(model, batch)

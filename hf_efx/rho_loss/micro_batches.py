@@ -1,12 +1,68 @@
-"""Micro-batches that are chosen but not yet trained on, in a checkpoint: a resumed run goes on with the same ones."""
+"""Micro-batches: rows of several draws together, cut apart, and kept in a checkpoint until they are trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_efx.rho_loss.selecting import MicroBatch
+from hf_efx.core.scoring.batches import Batch, batch_size, concatenate_rows, take_rows, trim_padding
+
+
+class MicroBatch(NamedTuple):
+    """What is trained on at once.
+
+    Attributes:
+        batch: As a data collator makes it, `example_id` among its columns.
+        ids: int64 [n] on the CPU.
+        scores: float32 [n] on the CPU, NaN where nothing was scored.
+    """
+
+    batch: Any
+    ids: torch.Tensor
+    scores: torch.Tensor
+
+
+def gather_rows(
+    batches: Sequence[Batch], rows: torch.Tensor, padding: Mapping[str, float], side: Literal["left", "right"]
+) -> dict[str, Any]:
+    """Takes rows of batches that lie end to end.
+
+    Args:
+        batches: Collated alike.
+        rows: [k] int64, ascending.
+        padding: As for `concatenate_rows`.
+        side: As for `concatenate_rows`.
+    """
+    if len(batches) == 1:
+        return take_rows(batches[0], rows)
+    ends = np.cumsum([batch_size(batch) for batch in batches])
+    borders = [0, *np.searchsorted(rows.numpy(), ends).tolist()]
+    starts = [0, *ends[:-1].tolist()]
+    pieces = zip(batches, starts, borders[:-1], borders[1:], strict=True)
+    parts = [take_rows(batch, rows[a:b] - start) for batch, start, a, b in pieces if a < b]
+    return concatenate_rows(parts or [take_rows(batches[0], rows)], padding, side)
+
+
+def cut_rows(batch: Batch, parts: Sequence[int]) -> list[dict[str, Any]]:
+    """Cuts a batch into pieces of so many rows each, trimmed to their longest."""
+    if len(parts) == 1:
+        return [trim_padding(batch)]
+    ends = np.cumsum(parts).tolist()
+    pieces = [trim_padding(take_rows(batch, slice(end - part, end))) for end, part in zip(ends, parts, strict=True)]
+    # Memory of their own, as batches from a checkpoint have: where a tensor begins decides a product's last bits.
+    return [{name: _own_memory(value) for name, value in piece.items()} for piece in pieces]
+
+
+def _own_memory(value: Any) -> Any:
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, torch.Tensor) else value
+
+
+def split_evenly(count: int, parts: int) -> list[int]:
+    """Sizes of equal parts, the first ones by one larger where they can't be."""
+    return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def save_pending(folder: Path, pending: Sequence[MicroBatch], rank: int) -> None:
