@@ -83,7 +83,7 @@ class Row:
         architecture: The architecture.
         config: A function that makes the method's config, with the fields that it is given.
         changes_skeleton: Whether checkpoints need hf_efx.
-        peft_door: Whether `peft.get_peft_model` takes the config.
+        by_peft: Whether `peft.get_peft_model` takes the config.
         full_size: Fields with which layers are as large as dense ones, where checkpoints need hf_efx.
         callbacks: A function that makes the callbacks which another Trainer than ours needs.
         fsdp: Whether it trains with sharded weights; where not, it must refuse them.
@@ -93,7 +93,7 @@ class Row:
     architecture: Architecture
     config: Callable[..., EfxMethodConfig]
     changes_skeleton: bool
-    peft_door: bool
+    by_peft: bool
     full_size: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[TrainerCallback]] = list
     fsdp: bool = True
@@ -292,19 +292,19 @@ METHOD_ROWS: dict[str, dict[str, Any]] = {
     "low_rank": {
         "config": lambda **fields: hf_efx.LowRankConfig(**{"rank": 0.25, **fields}),
         "changes_skeleton": True,
-        "peft_door": True,
+        "by_peft": True,
         "full_size": {"rank": 1.0, "only_if_smaller": False},
     },
     "slice_out": {
         "config": lambda **fields: hf_efx.SliceOutConfig(**{"rate": 0.5, "align": 2, **fields}),
         "changes_skeleton": False,
-        "peft_door": False,
+        "by_peft": False,
         "callbacks": lambda: [hf_efx.SliceOutCallback(measure_time=False)],
     },
     "targeted_dropout": {
         "config": lambda **fields: hf_efx.TargetedDropoutConfig(**{"targeting": 0.5, "refresh_every": 2, **fields}),
         "changes_skeleton": False,
-        "peft_door": False,
+        "by_peft": False,
         "callbacks": lambda: [hf_efx.TargetedDropoutCallback()],
         "fsdp": False,
     },

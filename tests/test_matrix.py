@@ -190,7 +190,7 @@ def peft_model(row: Row, **fields: Any) -> peft.PeftModel:
 
 
 def test_peft_trains_saves_loads_disables_and_merges(row: Row, tmp_path: Path) -> None:
-    if not row.peft_door:
+    if not row.by_peft:
         with pytest.raises(ValueError, match="get_efx_model"):
             peft_model(row)
         return
@@ -219,7 +219,7 @@ def test_peft_trains_saves_loads_disables_and_merges(row: Row, tmp_path: Path) -
 
 
 def test_peft_holds_several_adapters(row: Row, tmp_path: Path) -> None:
-    if not row.peft_door:
+    if not row.by_peft:
         pytest.skip("refused by peft, see the test before")
     model = peft_model(row)
     first = logits(model, row)

@@ -108,8 +108,12 @@ def test_two_processes_equal_one(row: Row, two_processes: dict[str, Any]) -> Non
     assert two_processes["ddp"][row.id] < 1e-10
     found = two_processes["fsdp"][row.id]
     assert found < 1e-10 if row.fsdp else "is sharded (FSDP" in found
-    if row.peft_door:
+    if row.by_peft:
         assert two_processes["peft"][row.id] < 1e-10
+
+
+def test_the_best_model_comes_back_under_ddp(two_processes: dict[str, Any]) -> None:
+    assert two_processes["best_model_lost"] == 0
 
 
 def test_factor_decay_under_fsdp_equals_one_process(two_processes: dict[str, Any]) -> None:

@@ -21,16 +21,24 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_efx import FactorDecayCallback, LowRankArguments, LowRankConfig, LowRankTrainer, step_context
+from hf_efx import (
+    EfxArguments,
+    EfxTrainer,
+    FactorDecayCallback,
+    LowRankArguments,
+    LowRankConfig,
+    LowRankTrainer,
+    step_context,
+)
 from hf_efx.programs.frame import end_processes
 
 STEPS, BATCH = 3, 4
 SWITCH_STEPS, SWITCH_AT, KILL_AT = 8, 4, 6
 
 
-def model_and_optimizer(row: Row, door: str = "memory") -> tuple[Any, torch.optim.Optimizer]:
+def model_and_optimizer(row: Row, way: str = "memory") -> tuple[Any, torch.optim.Optimizer]:
     """The row's model in float64, and its optimiser. Batch norm keeps its averages: half a batch has others."""
-    model: Any = peft.get_peft_model(row.architecture.build(), row.config()) if door == "peft" else row.build()
+    model: Any = peft.get_peft_model(row.architecture.build(), row.config()) if way == "peft" else row.build()
     model = model.double().train(row.architecture.name != "resnet")
     return model, torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.05, momentum=0.9)
 
@@ -57,9 +65,9 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def difference(model: Any, row: Row, door: str = "memory") -> float:
+def difference(model: Any, row: Row, way: str = "memory") -> float:
     """Largest relative difference of the parameters from those of one process that saw the whole batches."""
-    single, optimizer = model_and_optimizer(row, door)
+    single, optimizer = model_and_optimizer(row, way)
     train(row, single, optimizer, slice(None), torch.Tensor.backward)
     pairs = zip(model.parameters(), single.parameters(), strict=True)
     return max(((whole(p.detach()) - q).norm() / (q.norm() + 1e-12)).item() for p, q in pairs)
@@ -79,11 +87,11 @@ def apart_difference(row: Row, part: slice) -> float:
     return largest(difference(model, row))
 
 
-def ddp_difference(row: Row, accelerator: Accelerator, part: slice, door: str = "memory") -> float:
+def ddp_difference(row: Row, accelerator: Accelerator, part: slice, way: str = "memory") -> float:
     """The difference after training under DistributedDataParallel."""
-    model, optimizer = accelerator.prepare(*model_and_optimizer(row, door))
+    model, optimizer = accelerator.prepare(*model_and_optimizer(row, way))
     train(row, model, optimizer, part, accelerator.backward)
-    return largest(difference(accelerator.unwrap_model(model), row, door))
+    return largest(difference(accelerator.unwrap_model(model), row, way))
 
 
 def fsdp_difference(row: Row, part: slice) -> float | str:
@@ -207,6 +215,36 @@ def switch_results(folder: Path) -> dict[str, Any]:
     }
 
 
+def best_model_is_back(folder: Path) -> bool:
+    """Whether a ViT, saved under an older layout's names, ends as its best checkpoint has it, the first of two."""
+    architecture = next(row.architecture for row in ROWS if row.architecture.renamed_on_save)
+    arguments = EfxArguments(
+        str(folder),
+        max_steps=2,
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    data = architecture.batch(16)
+    examples = [{name: values[i] for name, values in data.items()} for i in range(16)]
+    scores = [0.0, 1.0]
+    trainer = EfxTrainer(
+        architecture.build(),
+        arguments,
+        train_dataset=examples,
+        eval_dataset=examples,
+        compute_metrics=lambda _: {"score": scores.pop()},
+    )
+    trainer.train()
+    best = architecture.auto.from_pretrained(folder / "checkpoint-1").state_dict()
+    return all(torch.equal(value, best[name]) for name, value in trainer.model.state_dict().items())  # pyright: ignore
+
+
 def main(folder: Path) -> None:
     """Runs everything and writes the results."""
     accelerator = Accelerator(cpu=True)
@@ -218,12 +256,13 @@ def main(folder: Path) -> None:
         "distributed_type": str(accelerator.distributed_type),
         "apart": {row.id: apart_difference(row, part) for row in ROWS},
         "ddp": {row.id: ddp_difference(row, accelerator, part) for row in ROWS},
-        "peft": {row.id: ddp_difference(row, accelerator, part, "peft") for row in ROWS if row.peft_door},
+        "peft": {row.id: ddp_difference(row, accelerator, part, "peft") for row in ROWS if row.by_peft},
         "fsdp": {row.id: fsdp_difference(row, part) for row in ROWS},
         "fsdp_decay": fsdp_decay_difference(next(row for row in ROWS if row.method == "low_rank")),
         "own_slices": own_slices(accelerator),
         "from_start": from_start_losses(folder),
         "switch": switch_results(folder),
+        "best_model_lost": largest(float(not best_model_is_back(folder / "best"))),
     }
     if accelerator.is_main_process:
         (folder / "results.json").write_text(json.dumps(results))

@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from hf_efx.core.training.step_context import STATE_FILE, STATE_KEY
 
@@ -36,11 +36,6 @@ _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors for
 
 class CheckpointWriteError(OSError):
     """A checkpoint couldn't be written: a full disk, a quota, a file-size limit, missing rights."""
-
-
-def is_complete_checkpoint(folder: str | os.PathLike[str]) -> bool:
-    """Whether training can go on from this folder. See `explain_incomplete`."""
-    return explain_incomplete(folder) is None
 
 
 def explain_incomplete(folder: str | os.PathLike[str]) -> str | None:
@@ -76,12 +71,11 @@ def explain_incomplete(folder: str | os.PathLike[str]) -> str | None:
 def _explain_weights(path: Path) -> str | None:
     if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
         return "it holds no weights"
-    index = path / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        shards = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+    for index in (path / SAFE_WEIGHTS_INDEX_NAME, path / WEIGHTS_INDEX_NAME):
+        shards = set(json.loads(index.read_bytes()).get("weight_map", {}).values()) if index.is_file() else {"."}
         if not shards:
             return f"{index.name} names no shards"
-        missing = sorted(name for name in shards if not (path / name).is_file())
+        missing = sorted(name for name in shards if not (path / name).exists())
         if missing:
             return f"the shard {missing[0]}, which {index.name} names, is missing"
     for file in sorted(path.rglob("*.safetensors")):

@@ -134,7 +134,7 @@ class StepContext:
         return None if seed is None else torch.Generator(device).manual_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed, step, and `file` where `save` writes one; between steps there is no micro-step to keep."""
+        """Seed, step, and `file` where `save` writes one. Checkpoints are taken between steps, not micro-steps."""
         file = {"file": True} if any(one.state_dict() for one in self.stateful) else {}
         return {"seed": self.seed, "step": self.step, **file}
 
@@ -174,8 +174,8 @@ class StepContext:
         if len(states) != len(self.stateful):
             raise ValueError(
                 f"{file} has the state of {len(states)} methods, the model has {len(self.stateful)} with one: the run "
-                f"can't go on as it would have. Give train(resume_from_checkpoint=...) of an EfxTrainer the "
-                f"checkpoint as it was written, and the model that was saved there."
+                f"can't go on as it would have. Give the train(resume_from_checkpoint=...) of an EfxTrainer the whole "
+                f"checkpoint, and the model that was saved there."
             )
         for one, state in zip(self.stateful, states, strict=True):
             one.load_state_dict(state)

@@ -129,7 +129,8 @@ class EfxTrainerMixin(_Base):
         """Refuses an optimizer that was made before a method gave the model other parameters."""
         if self.optimizer is None or self.model_init is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        optimizer: Any = self.optimizer
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         forgotten = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
         if forgotten and held - {id(p) for p in model.parameters()}:
             raise ValueError(

@@ -1,8 +1,7 @@
 """Putting a checkpoint's weights back into the model that they came from: all of them, or an error.
 
 transformers' own Trainer loads non-strictly, under the names that stand in the files. Where `save_pretrained` writes
-an older layout (ViT, DINOv2, Mixtral), resuming and `load_best_model_at_end` then mix two sets of weights, with a
-warning.
+an older layout (ViT, DINOv2, Mixtral), resuming and `load_best_model_at_end` then mix two sets of weights.
 """
 
 import copy

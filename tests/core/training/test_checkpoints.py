@@ -16,7 +16,6 @@ from hf_efx.core.training.checkpoints import (
     CheckpointWriteError,
     explain_incomplete,
     explained_write_errors,
-    is_complete_checkpoint,
     last_complete_checkpoint,
 )
 
@@ -65,7 +64,7 @@ def cut(file, keep):
 
 def test_what_the_trainer_writes_is_whole(plain):
     assert explain_incomplete(plain / "checkpoint-2") is None
-    assert is_complete_checkpoint(str(plain / "checkpoint-4"))
+    assert explain_incomplete(str(plain / "checkpoint-4")) is None
     assert last_complete_checkpoint(plain) == str(plain / "checkpoint-4")
 
 
@@ -120,7 +119,7 @@ def test_bytes_too_many_and_a_foreign_header(run):
     weights.write_bytes((8).to_bytes(8, "little") + b"[1, 2 ] ")
     assert "broken header" in (explain_incomplete(run / "checkpoint-4") or "")
     weights.write_bytes(original)
-    assert is_complete_checkpoint(run / "checkpoint-4")
+    assert explain_incomplete(run / "checkpoint-4") is None
 
 
 def test_shards(run):
@@ -128,7 +127,7 @@ def test_shards(run):
     gpt2().save_pretrained(folder, max_shard_size="2KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     shards = sorted(folder.glob("model-*.safetensors"))
-    assert len(shards) > 1 and is_complete_checkpoint(folder)
+    assert len(shards) > 1 and explain_incomplete(folder) is None
     content = shards[-1].read_bytes()
     shards[-1].unlink()
     assert f"the shard {shards[-1].name}, which model.safetensors.index.json" in (explain_incomplete(folder) or "")
@@ -140,7 +139,7 @@ def test_shards(run):
 
 def test_without_optimizer(tmp_path):
     run = train(tmp_path, gpt2(), save_only_model=True)
-    assert not (run / "checkpoint-4/optimizer.pt").exists() and is_complete_checkpoint(run / "checkpoint-4")
+    assert not (run / "checkpoint-4/optimizer.pt").exists() and explain_incomplete(run / "checkpoint-4") is None
     cut(run / "checkpoint-4/model.safetensors", 0.9)
     assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
 
@@ -155,7 +154,7 @@ def test_module_without_config(tmp_path):
             return {"loss": self.linear(x).sum()}
 
     run = train(tmp_path, Net())
-    assert not (run / "checkpoint-4/config.json").exists() and is_complete_checkpoint(run / "checkpoint-4")
+    assert not (run / "checkpoint-4/config.json").exists() and explain_incomplete(run / "checkpoint-4") is None
 
 
 # peft 0.21 asks models for the name that transformers 5.23 deprecates.
@@ -167,11 +166,11 @@ def test_peft_adapters(tmp_path):
     config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     run = train(tmp_path, get_peft_model(gpt2(), config))
     folder = run / "checkpoint-4"
-    assert is_complete_checkpoint(folder) and not (folder / "model.safetensors").exists()
+    assert explain_incomplete(folder) is None and not (folder / "model.safetensors").exists()
     # Several adapters lie in sub-folders.
     (folder / "second").mkdir()
     (folder / "adapter_model.safetensors").rename(folder / "second/adapter_model.safetensors")
-    assert is_complete_checkpoint(folder)
+    assert explain_incomplete(folder) is None
     cut(folder / "second/adapter_model.safetensors", 0.5)
     assert (explain_incomplete(folder) or "").startswith("second/adapter_model.safetensors is cut within its header")
     assert last_complete_checkpoint(run) == str(run / "checkpoint-2")

@@ -49,11 +49,12 @@ def test_errors_that_are_no_write_errors_pass(tmp_path, monkeypatch):
 
 
 FULL_DISK = """
-import resource, signal, sys
+import resource, signal, sys, time
 from pathlib import Path
 import torch
-from test_trainer import assert_same, gpt2, trainer_for, weights
-from transformers import GPT2LMHeadModel, TrainerCallback
+from huggingface_hub import ModelCard
+from test_trainer import assert_same, gpt2, rows, trainer_for, weights
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from hf_efx.core.training.checkpoints import last_complete_checkpoint
 
@@ -103,21 +104,8 @@ for number, limit in enumerate((3_000, 15_000)):
     again.train(resume_from_checkpoint=True)
     assert again._initial_global_step == 2
     assert_same(weights(again.model), expected)
-print("unharmed")
+print("unharmed", flush=True)
 """
-
-
-def test_full_disk(tmp_path, finished):
-    torch.save(finished[1], tmp_path / "expected.pt")
-    done = python(FULL_DISK, tmp_path, tmp_path / "expected.pt")
-    out, err = done.communicate(timeout=120)
-    assert done.returncode == 0 and out.endswith("unharmed\n"), err
-
-
-def python(code, *args):
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])}
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 # ---- Ctrl-C
@@ -149,10 +137,6 @@ def test_interruption_says_how_to_go_on(tmp_path, finished, caplog, step, newest
 
 
 SIGINT = """
-import signal, sys, time
-from test_trainer import trainer_for
-from transformers import TrainerCallback
-
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background hands down "ignore"
 
 
@@ -163,20 +147,8 @@ class Wait(TrainerCallback):
             time.sleep(60)
 
 
-trainer_for(sys.argv[1], callbacks=[Wait()]).train()
+trainer_for(folder / "interrupted", callbacks=[Wait()]).train()
 """
-
-
-def test_a_real_ctrl_c(tmp_path):
-    process = python(SIGINT, tmp_path)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line == "waiting\n":
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and err.rstrip().endswith("KeyboardInterrupt")
-    assert f"Interrupted at step 3 of 6. The newest complete checkpoint is {tmp_path}/checkpoint-2" in err
 
 
 # ---- Model card
@@ -216,12 +188,8 @@ def test_model_card_can_be_left_to_the_user(tmp_path):
 
 
 PUSH = """
-import sys
-from huggingface_hub import ModelCard
-from test_trainer import assert_same, rows, trainer_for, weights
-from transformers import AutoModelForCausalLM
-
-trainer = trainer_for(sys.argv[1], push_to_hub=True, hub_model_id="tester/efx-trainer", eval_strategy="no")
+options = {"push_to_hub": True, "hub_model_id": "tester/efx-trainer"}
+trainer = trainer_for(folder / "pushed", eval_strategy="no", **options)
 trainer.eval_dataset = rows(4)
 trainer.train()
 trainer.evaluate()
@@ -230,11 +198,42 @@ assert_same(weights(AutoModelForCausalLM.from_pretrained("tester/efx-trainer")),
 card = ModelCard.load("tester/efx-trainer")
 assert card.data.model_name == "efx-trainer" and card.data.eval_results[0].metric_type == "loss"
 assert 'from_pretrained("tester/efx-trainer")' in str(card)
+print("pushed", flush=True)
 """
 
 
-def test_push_to_hub(hub, run_python, tmp_path):
-    run_python(PUSH, env=hub.env | {"PYTHONPATH": str(Path(__file__).parent)}, args=[tmp_path])
+@pytest.fixture(scope="module")
+def other_process(hub, finished, tmp_path_factory):
+    """One process that fills its disk, pushes, and is sent Ctrl-C: its folder, output and status."""
+    folder = tmp_path_factory.mktemp("process")
+    torch.save(finished[1], folder / "expected.pt")
+    env = hub.env | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])}
+    command = [sys.executable, "-c", FULL_DISK + PUSH + SIGINT, str(folder), str(folder / "expected.pt")]
+    process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.strip())
+        if line == "waiting\n":
+            process.send_signal(signal.SIGINT)
+    return folder, lines, process.communicate(timeout=60)[1], process.returncode
+
+
+def test_full_disk(other_process):
+    _, lines, errors, _ = other_process
+    assert "unharmed" in lines, errors
+
+
+def test_push_to_hub(other_process):
+    _, lines, errors, _ = other_process
+    assert "pushed" in lines, errors
+
+
+def test_a_real_ctrl_c(other_process):
+    folder, lines, errors, status = other_process
+    assert "waiting" in lines and status != 0 and errors.rstrip().endswith("KeyboardInterrupt"), errors
+    newest = folder / "interrupted/checkpoint-2"
+    assert f"Interrupted at step 3 of 6. The newest complete checkpoint is {newest}" in errors
 
 
 # peft 0.21 asks models for the name that transformers 5.23 deprecates.

@@ -37,9 +37,7 @@ def assert_same(model, other):
 
 
 @pytest.mark.parametrize("form", ["whole", "sharded", "torch.save", "torch.save, sharded", "own names"])
-@pytest.mark.parametrize(
-    "name", ["ViTForImageClassification", "Dinov2ForImageClassification", "MixtralForCausalLM"]
-)
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "Dinov2ForImageClassification", "MixtralForCausalLM"])
 def test_older_layouts_come_back_bit_for_bit(name, form, tmp_path):
     saved, model = build(name), build(name, seed=1)
     saved.save_pretrained(tmp_path, max_shard_size="4KB" if "sharded" in form else "1GB")
