@@ -1,5 +1,6 @@
 """The studies and benchmarks: their arithmetic on hand-worked numbers, and (slow) a smoke run of each program."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path += [str(SCRIPTS / "benchmarks"), str(SCRIPTS / "reproduce")]  # as where a script runs
 
 
 def load(path: str):
@@ -64,8 +66,39 @@ def test_side_by_side_calls_each_in_every_round():
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
 
 
+def test_a_benchmark_keeps_what_is_timed_and_says_what_it_is_at(tmp_path, capsys):
+    timing = load("benchmarks/step_time.py")
+    options = argparse.Namespace(rounds=2, seeds=[0, 1], output=None)
+    calls, work = [], [("a; b", 0), ("a; c", 0), ("a; b", 1)]
+
+    def measure(name, seed):
+        if len(calls) == 2:
+            calls.append("ended")
+            raise KeyboardInterrupt
+        calls.append((name, seed))
+        return [{"configuration": one, "seconds": len(calls)} for one in name.split("; ")]
+
+    path = tmp_path / "some.json"
+    with pytest.raises(KeyboardInterrupt):
+        timing.measured(timing.kept_rows(path, options), work, measure)
+    assert capsys.readouterr().out.splitlines()[::2] == [
+        "[1/3] a; b, seed 0 ...",
+        "[2/3] a; c, seed 0 ...",
+        "[3/3] a; b, seed 1 ...",
+    ]
+    kept = timing.kept_rows(path, argparse.Namespace(rounds=2, seeds=[0], output=None))  # seeds may come to it
+    rows = timing.measured(kept, work, measure)
+    assert calls == [*work[:2], "ended", work[2]]
+    found = [(row["configuration"], row["seed"], row["seconds"]) for row in rows]
+    assert found == [("a", 0, 1), ("b", 0, 1), ("c", 0, 2), ("a", 1, 4), ("b", 1, 4)]  # of "a" a seed's first
+    assert "[1/3] a; b, seed 0: timed before" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="rounds: 2, now 3"):
+        timing.kept_rows(path, argparse.Namespace(rounds=3, seeds=[0], output=None))
+    kept.finish()
+    assert not list(tmp_path.iterdir())
+
+
 def test_reached_and_shares_of_uniform():
-    sys.path.insert(0, str(SCRIPTS / "reproduce"))
     runs = load("reproduce/selection_runs.py")
     curve = [(25, 1.0, 0.5), (50, 2.0, 0.7), (75, 3.0, 0.6)]
     assert runs.reached(curve, 0.6) == (50, 2.0)
@@ -85,7 +118,6 @@ def test_reached_and_shares_of_uniform():
 
 
 def test_noisy_images_halve_the_training_set_and_say_where_labels_are_wrong():
-    sys.path.insert(0, str(SCRIPTS / "reproduce"))
     images = load("reproduce/noisy_images.py").noisy_images(None, seed=0)
     again = load("reproduce/noisy_images.py").noisy_images(None, seed=0)
     train, holdout = images.train, images.holdout
@@ -101,7 +133,6 @@ def test_noisy_images_halve_the_training_set_and_say_where_labels_are_wrong():
 
 
 def test_slice_out_is_read_at_the_time_at_which_the_faster_run_ended():
-    sys.path.insert(0, str(SCRIPTS / "reproduce"))
     study = load("reproduce/slice_out.py")
     dropout = [(10, 2.0, 0.3), (20, 4.0, 0.6), (30, 6.0, 0.9), (40, 8.0, 0.9)]
     fast = [(10, 1.5, 0.3), (20, 3.0, 0.9), (30, 4.5, 0.6), (40, 5.0, 0.9)]
@@ -117,7 +148,6 @@ def test_slice_out_is_read_at_the_time_at_which_the_faster_run_ended():
 
 
 def test_claims_of_targeted_dropout_pair_what_was_pruned_alike():
-    sys.path.insert(0, str(SCRIPTS / "reproduce"))
     study = load("reproduce/targeted_dropout.py")
     curves = {"none": (0.9, 0.6), "ramped .99/.9": (0.7, 0.89), "targeted .66/.9": (0.88, 0.84)}
     rows = [
@@ -138,7 +168,6 @@ def test_claims_of_targeted_dropout_pair_what_was_pruned_alike():
 
 
 def test_prunability_in_the_sweep_and_the_control_by_seed():
-    sys.path.insert(0, str(SCRIPTS / "reproduce"))
     study = load("reproduce/prunability.py")
     losses = {0: (3.0, 2.0, 1.0), 1: (1.0, 2.0, 3.0)}
     sweep = [

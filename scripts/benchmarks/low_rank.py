@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_time import product_share, ratio_of_medians, side_by_side, time_floor, training_flops
+from step_time import (
+    kept_rows,
+    measured,
+    product_share,
+    ratio_of_medians,
+    side_by_side,
+    time_floor,
+    training_flops,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
@@ -251,11 +259,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes.append("GaLore's optimiser seconds leave out the SVD that it makes every 200 steps.")
     else:
         notes.append("galore-torch is not installed: GaLore was not timed.")
-    from rich.progress import track
-
-    rows = []
-    for seed in track(options.seeds, description="repeats"):
-        rows += measure(names, config, options.tokens, options.rounds, seed, options.device)
+    kept = kept_rows(path, options)
+    rows = measured(
+        kept,
+        [("; ".join(names), seed) for seed in options.seeds],
+        lambda _, seed: measure(names, config, options.tokens, options.rounds, seed, options.device),
+    )
     plot(rows, path.with_suffix(".png"))
     low = [row for row in rows if row["configuration"] == "low rank 0.25"]
     ratio, memory = (
@@ -287,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes=notes,
     )
     print_results(results)
+    kept.finish()
 
 
 if __name__ == "__main__":

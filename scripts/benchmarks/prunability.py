@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from step_time import kept_rows, measured
 from torch import nn
 from torch.nn.utils import prune
 
@@ -158,20 +159,23 @@ def _memory(name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def gpt2_rows(options: argparse.Namespace) -> list[Row]:
-    """Each measurement in a process of its own: a peak of memory never falls."""
-    rows = []
-    for seed in options.seeds[: 1 if options.quick else 3]:
-        for part in PARTS:
-            words = [sys.executable, __file__, "--part", part, *(["--quick"] if options.quick else [])]
-            output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-            row = json.loads(output.splitlines()[-1])
-            rows.append({"configuration": f"GPT-2: {part}", "seed": seed, **row})
+def measure(name: str, seed: int, steps: int, quick: bool) -> list[Row]:
+    """The row of one configuration; on GPT-2's shape in a process of its own: a peak of memory never falls."""
+    kind, _, what = name.partition(": ")
+    if kind == "digits":
+        return [{"configuration": name, **against_grid(seed, int(what.split()[-1]), steps)}]
+    words = [sys.executable, __file__, "--part", what, *(["--quick"] if quick else [])]
+    output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    return [{"configuration": name, **json.loads(output.splitlines()[-1])}]
+
+
+def add_shares(rows: Sequence[Row]) -> None:
+    """Sets the measurements on GPT-2's shape against the first one of the same seed, in place."""
     for row in rows:
-        base = next(r for r in rows if r["seed"] == row["seed"] and r["configuration"] == f"GPT-2: {PARTS[0]}")
-        row["extra_share"] = (row["peak_bytes"] - base["peak_bytes"]) / row["weights_bytes"]
-        row["time_share"] = row["seconds"] / base["seconds"]
-    return rows
+        if "peak_bytes" in row:
+            base = next(r for r in rows if r["seed"] == row["seed"] and r["configuration"] == f"GPT-2: {PARTS[0]}")
+            row["extra_share"] = (row["peak_bytes"] - base["peak_bytes"]) / row["weights_bytes"]
+            row["time_share"] = row["seconds"] / base["seconds"]
 
 
 def make_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -282,12 +286,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.output or (Path("runs/benchmarks") if options.quick else HERE / "results") / "prunability.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     widths, steps = ((16, 64), 50) if options.quick else ((64, 128, 256, 512), 300)
-    rows = [
-        {"configuration": f"digits: width {width}", "seed": seed, **against_grid(seed, width, steps)}
-        for width in widths
-        for seed in options.seeds
-    ]
-    rows += gpt2_rows(options)
+    work = [(f"digits: width {width}", seed) for width in widths for seed in options.seeds]
+    work += [(f"GPT-2: {part}", seed) for seed in options.seeds[: 1 if options.quick else 3] for part in PARTS]
+    kept = kept_rows(path, options)
+    rows = measured(kept, work, lambda name, seed: measure(name, seed, steps, options.quick))
+    add_shares(rows)
     claims = make_claims(rows)
     plot(rows, path.with_suffix(".png"))
     results = write_results(
@@ -305,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes=NOTES,
     )
     print_results(results)
+    kept.finish()
 
 
 if __name__ == "__main__":

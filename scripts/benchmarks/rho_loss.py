@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from step_time import kept_rows, measured
 
 from hf_efx.core.results.evidence import claim, print_results, public_command, write_results
 
@@ -153,31 +154,25 @@ def selective_backprop(images: Images, part: str, seed: int, steps: int, every: 
     return figures(curve, stop_at) | {"flops_per_step": flops(images, model, round(share * BATCH / keep), None)}
 
 
-def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """All runs; those of a seed and a model one after the other."""
-    from rich.progress import Progress
-
+def measure(part: str, seed: int, options: argparse.Namespace) -> list[Row]:
+    """The runs of a seed and a model, one after the other."""
+    images = noisy_images(options.data, seed)
+    common = (seed, options.steps, options.every)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        table, _ = irreducible_table(images, seed, Path(folder), part)
+    cost = time.perf_counter() - start
+    best = run(images, part, "uniform", *common, table, float("inf"))["best"]
     rows: list[Row] = []
-    with Progress() as bar:
-        task = bar.add_task("runs", total=len(options.seeds) * len(TARGETS) * (len(CONFIGURATIONS) + 1))
-        for seed in options.seeds:
-            images = noisy_images(options.data, seed)
-            for part in TARGETS:
-                common = (seed, options.steps, options.every)
-                start = time.perf_counter()
-                table, _ = irreducible_table(images, seed, folder / f"{part}-{seed}", part)
-                cost = time.perf_counter() - start
-                base = run(images, part, "uniform", *common, table, float("inf"))
-                best = base["best"]
-                for name in (*CONFIGURATIONS, PEER):
-                    if name == PEER:
-                        row = selective_backprop(images, part, *common, best)
-                    else:
-                        row = run(images, part, name, *common, table, best)
-                    scored = name not in ("plain Trainer", "uniform", PEER)
-                    row["table_seconds"] = cost if scored else 0.0
-                    rows.append({"configuration": f"{part}: {name}", "seed": seed, "part": part, **row})
-                    bar.advance(task)
+    for name in (*CONFIGURATIONS, PEER):
+        print(f"{part}: {name}, seed {seed}", flush=True)
+        if name == PEER:
+            row = selective_backprop(images, part, *common, best)
+        else:
+            row = run(images, part, name, *common, table, best)
+        scored = name not in ("plain Trainer", "uniform", PEER)
+        row["table_seconds"] = cost if scored else 0.0
+        rows.append({"configuration": f"{part}: {name}", "seed": seed, "part": part, **row})
     return [_with_shares(row, rows) for row in rows]
 
 
@@ -260,8 +255,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.output or (Path("runs/benchmarks") if options.quick else HERE / "results") / "rho_loss.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     images = noisy_images(options.data, options.seeds[0])
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(options, Path(folder))
+    kept = kept_rows(path, options)
+    work = [(part, seed) for seed in options.seeds for part in TARGETS]
+    rows = measured(kept, work, lambda part, seed: measure(part, seed, options))
     claims = make_claims(rows)
     plot(rows, path.with_suffix(".png"))
     shown = {one["claim"]: one["measured"] for one in claims}
@@ -297,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     print_results(results)
+    kept.finish()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 
 A step is forward and backward; the optimiser, which has the same work everywhere, is apart. The variants of a group
 live in one process and are timed in turn, round by round, with the model without dropout in every group: ratios to it
-are what counts.
+are what counts. A benchmark that was ended goes on at the group where it was.
 """
 
 import argparse
@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_time import product_share, ratio_of_medians, saved_bytes, side_by_side, time_floor, training_flops
+from step_time import (
+    kept_rows,
+    measured,
+    product_share,
+    ratio_of_medians,
+    saved_bytes,
+    side_by_side,
+    time_floor,
+    training_flops,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
@@ -178,10 +187,8 @@ def make_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
             ("over_predicted_bytes", "bytes of saved activations over what the widths say", 1.1),
             ("over_dropout", "time of a step over that with GPT-2's own dropout, attention dropout .1", dropout),
         ):
-            measured = [row[key] for row in found]
-            claims.append(
-                claim(f"{name}: {text}", source="ours", bar=bar, direction="at_most", measured=measured)
-            )
+            values = [row[key] for row in found]
+            claims.append(claim(f"{name}: {text}", source="ours", bar=bar, direction="at_most", measured=values))
     return claims
 
 
@@ -226,21 +233,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = {"n_layer": 2, "n_embd": 128, "n_head": 8, "vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
     path = options.output or (Path("runs/benchmarks") if options.quick else HERE / "results") / "slice_out.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    from rich.progress import track
-
-    groups = [*GROUPS, tuple(COMPILED + name for name in (NONE, *MAIN))] if options.compile else GROUPS
-    rows: list[Row] = []
-    counts: dict[str, Any] = {}
+    groups = {"; ".join(names): names for names in GROUPS}
+    bars = next(iter(groups))
+    if options.compile:
+        names = tuple(COMPILED + name for name in (NONE, *MAIN))
+        groups["; ".join(names)] = names
     first, *others = options.seeds
-    work = [(first, names) for names in groups] + [(seed, groups[0]) for seed in others]
-    for seed, names in track(work, description="groups"):
-        # The reference is timed with each group; of its rows the first of a seed is kept.
-        known = {row["configuration"] for row in rows if row["seed"] == seed}
-        rows += [row for row in measure(names, config, options, seed, counts) if row["configuration"] not in known]
+    work = [(group, first) for group in groups] + [(bars, seed) for seed in others]
+    kept, counts = kept_rows(path, options), {}
+    rows = measured(kept, work, lambda group, seed: measure(groups[group], config, options, seed, counts))
     plot(rows, path.with_suffix(".png"))
     claims = make_claims(rows)
-    measured = {one["claim"]: one["measured"] for one in claims}
-    quarter, half = (measured[next(key for key in measured if key.startswith(f"{name}: time"))] for name in MAIN)
+    found = {one["claim"]: one["measured"] for one in claims}
+    quarter, half = (found[next(key for key in found if key.startswith(f"{name}: time"))] for name in MAIN)
     shape = GPT2Config(**config)
     results = write_results(
         path,
@@ -280,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     print_results(results)
+    kept.finish()
 
 
 if __name__ == "__main__":

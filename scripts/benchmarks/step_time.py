@@ -1,12 +1,14 @@
-"""Timing of training steps side by side, and the floor that arithmetic sets, for the benchmarks beside this file.
+"""Timing of training steps side by side, the floor that arithmetic sets, and the rows kept, for the benchmarks here.
 
 The time floor of a variant against a reference, both timed in one run: the share of the reference's time outside
 matrix products, plus the share inside times the ratio of FLOPs.
 """
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,51 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_efx.core.results.evidence import StudyRows, machine, versions
+
 # Matrix products and the attention kernels, forward and backward; on CUDA the latter stand under names of their own.
 PRODUCTS = (
     *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product"),
     *("aten::_flash_attention", "aten::_efficient_attention", "aten::_cudnn_attention"),
 )
+
+
+def kept_rows(path: Path, options: argparse.Namespace) -> StudyRows:
+    """What a benchmark with these options has timed already, beside its results file."""
+    settings = {name: value for name, value in vars(options).items() if name not in ("seeds", "output")}
+    return StudyRows(path, settings | {"versions": versions(), "machine": machine()})
+
+
+def measured(
+    kept: StudyRows, work: Sequence[tuple[str, int]], measure: Callable[[str, int], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The rows of all pieces of work, each kept on disk once it is timed, so that a benchmark that was ended goes on.
+
+    Says in a line, with a terminal and without, which piece is at work.
+
+    Args:
+        kept: Where the rows are kept; call its `finish()` once the results are written.
+        work: Name and seed of each piece.
+        measure: Called with both; its rows name their `configuration`.
+
+    Returns:
+        The rows with their seeds, in the order of the work. Of a reference, which several pieces time, a seed's first.
+    """
+    for number, (name, seed) in enumerate(work, start=1):
+        place = f"[{number}/{len(work)}] {name}, seed {seed}"
+        if kept.has((name, seed)):
+            print(f"{place}: timed before", flush=True)
+            continue
+        print(f"{place} ...", flush=True)
+        start = time.perf_counter()
+        kept.add((name, seed), {"rows": measure(name, seed)})
+        print(f"{place}: {time.perf_counter() - start:.0f} s", flush=True)
+    pieces = {(piece["configuration"], piece["seed"]): piece["rows"] for piece in kept.rows}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for name, seed in work:
+        for row in pieces[name, seed]:
+            rows.setdefault((row["configuration"], seed), {"configuration": row["configuration"], "seed": seed, **row})
+    return list(rows.values())
 
 
 def synchronize(device: str) -> None:

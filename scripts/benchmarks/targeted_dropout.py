@@ -14,12 +14,12 @@ import argparse
 import copy
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from step_time import ratio_of_medians, saved_bytes, side_by_side, timed
+from step_time import kept_rows, measured, ratio_of_medians, saved_bytes, side_by_side, timed
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
@@ -32,6 +32,7 @@ from hf_efx.core.results.evidence import claim, print_results, public_command, w
 HERE = Path(__file__).parent
 EVERY, NEVER = 50, 10**9  # steps between new candidates: the default; none while it is timed
 DENSE, OURS, RENEWED = "dense", "targeted weights", "targeted weights, renewed at each step"
+PRUNING = "pruning and shrinking GPT-2"
 MLP = ", MLP"  # the study's small network
 PLAIN = "targeted weights, a sort at each step"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -150,6 +151,33 @@ def measure(names: Sequence[str], dense: nn.Module, batch: torch.Tensor, rounds:
             row["default_ratio"] = ((EVERY - 1) * row["step_ratio"] + each) / EVERY
         rows.append(row)
     return rows
+
+
+def list_work(groups: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    """The pieces of the benchmark; what isn't a bar's is measured at the first seed alone."""
+    work = []
+    for seed in seeds:
+        first = seed == seeds[0]
+        work += [(f"GPT-2: {group}", seed) for group in groups[: None if first else 1]]
+        work += [(f"MLP: {group}", seed) for group in groups]
+        work += [(PRUNING, seed)] if first else []
+    return work
+
+
+def measure_piece(
+    name: str, seed: int, groups: Mapping[str, Sequence[str]], config: GPT2Config, options: argparse.Namespace
+) -> list[Row]:
+    """The rows of one piece; all pieces of a seed have the same weights and data."""
+    set_seed(seed)
+    dense: Any = GPT2LMHeadModel(config).to(options.device)
+    batch = torch.randint(0, config.vocab_size, (1, options.tokens), device=options.device)
+    images = torch.randn(128, 784, device=options.device)
+    if name == PRUNING:
+        return pruning(dense, batch, options.rounds)
+    model, _, group = name.partition(": ")
+    if model == "GPT-2":
+        return measure(groups[group], dense, batch, options.rounds)
+    return measure(groups[group], MLPModel().to(options.device), images, 40 * options.rounds, MLP)
 
 
 def pruning(dense: GPT2LMHeadModel, batch: torch.Tensor, rounds: int) -> list[Row]:
@@ -282,26 +310,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.output or (Path("runs/benchmarks") if options.quick else HERE / "results") / "targeted_dropout.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     config = GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    from rich.progress import track
-
-    rows: list[Row] = []
-    for seed in track(options.seeds, description="repeats"):
-        set_seed(seed)
-        dense: Any = GPT2LMHeadModel(config).to(options.device)
-        batch = torch.randint(0, config.vocab_size, (1, options.tokens), device=options.device)
-        images = torch.randn(128, 784, device=options.device)
-        mlp = MLPModel().to(options.device)
-        # What isn't a bar's is measured once.
-        found = [
-            row for names in GROUPS[: 1 if rows else None] for row in measure(names, dense, batch, options.rounds)
-        ]
-        found += [row for names in GROUPS for row in measure(names, mlp, images, 40 * options.rounds, MLP)]
-        found += [] if rows else pruning(dense, batch, options.rounds)
-        seen: set[str] = set()
-        for row in found:
-            if row["configuration"] not in seen:  # the reference is timed with each group: the first is kept
-                rows.append({**row, "seed": seed})
-                seen.add(row["configuration"])
+    groups = {"; ".join(names): names for names in GROUPS}
+    kept = kept_rows(path, options)
+    work = list_work(list(groups), options.seeds)
+    rows = measured(kept, work, lambda name, seed: measure_piece(name, seed, groups, config, options))
     plot(rows, path.with_suffix(".png"))
     claims = make_claims(rows)
     results = write_results(
@@ -335,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     print_results(results)
+    kept.finish()
 
 
 if __name__ == "__main__":
