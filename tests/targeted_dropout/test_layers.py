@@ -178,6 +178,15 @@ def test_candidates_are_renewed_every_so_many_steps() -> None:
     assert same == [True, True, False, True]
 
 
+def test_a_run_that_begins_elsewhere_has_candidates_of_its_own() -> None:
+    model = get_efx_model(mlp(), TargetedDropoutConfig(targeting=0.5, rate=1.0))
+    first = gradients(model, inputs(), 3)["0.weight"] == 0
+    with torch.no_grad():
+        model[0].weight.neg_().add_(1)  # pyright: ignore  # what was weak isn't
+    for step, same in ((4, True), (9, False)):  # the next step; another run's first
+        assert torch.equal(first, gradients(model, inputs(), step)["0.weight"] == 0) is same
+
+
 def test_a_ramp_of_candidates_and_rate() -> None:
     model = mlp()
     config = TargetedDropoutConfig(targeting=0.75, rate=1.0, ramp="paper", ramp_steps=100, refresh_every=1)
