@@ -13,8 +13,8 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
-from transformers import TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations
+from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from hf_efx.core.results.evidence import public_command
 from hf_efx.core.results.plots import matplotlib_pyplot
@@ -100,8 +100,9 @@ def _check_arguments(args: TrainingArguments) -> None:
             scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # pyright: ignore[reportArgumentType]
         )
     except (TypeError, ValueError) as error:
+        name = SchedulerType(args.lr_scheduler_type).value
         raise ValueError(
-            f"lr_scheduler_type={args.lr_scheduler_type.value!r} can't be made ({error}): give its options with "
+            f"lr_scheduler_type={name!r} can't be made ({error}): give its options with "
             f"--lr_scheduler_kwargs, as in '{{\"num_decay_steps\": 10}}', or choose another."
         ) from error
 
@@ -138,9 +139,7 @@ def check_push(field: str, name: str, token: str | None = None) -> None:
         ) from error
     owners = [user["name"], *(one["name"] for one in user.get("orgs", []))]
     if "/" in name and name.partition("/")[0] not in owners:
-        raise ValueError(
-            f"{field}={name!r} isn't of {' or '.join(owners)}, who would push: name one of these."
-        )
+        raise ValueError(f"{field}={name!r} isn't of {' or '.join(owners)}, who would push: name one of these.")
 
 
 @contextmanager

@@ -182,6 +182,15 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
     plt.close(figure)
 
 
+def evaluations(task: LearningTask, figures: Mapping[str, float]) -> list[EvalResult]:
+    """Figures of a task's validation data, by their names, as cards take them."""
+    data = evaluated_on(task)
+    return [
+        EvalResult(metric_type=name, metric_name=name.replace("_", " "), metric_value=value, **data)
+        for name, value in figures.items()
+    ]
+
+
 def evaluated_on(task: LearningTask) -> dict[str, Any]:
     """The task and its data, in the words of `huggingface_hub.EvalResult`."""
     return {
@@ -231,15 +240,7 @@ def write_task_card(
     return write_model_card(
         folder,
         methods=methods,
-        results=[
-            EvalResult(
-                metric_type=name,
-                metric_name=name.replace("_", " "),
-                metric_value=figures[f"eval_{name}"],
-                **evaluated_on(task),
-            )
-            for name in task.metrics
-        ],
+        results=evaluations(task, {name: figures[f"eval_{name}"] for name in task.metrics}),
         description=(
             f"A {model.config.model_type} model of {figures['parameters']:,} parameters{size}, {kind}. {note}".rstrip()
         ),

@@ -160,6 +160,7 @@ class TaskJob:
         self.start = {
             "task": self.task.task,
             "data": data_fingerprint(self.task.train),
+            "holdout": self.task.holdout and data_fingerprint(self.task.holdout),
             "validation": data_fingerprint(_with_ids(self.task.validation)),
             "weights": weights_fingerprint(model),
             "model": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},

@@ -94,6 +94,15 @@ class PrunabilityOptions:
         default=True, metadata={"help": f"Draw the loss over the fraction kept into {PLOT}; needs matplotlib."}
     )
 
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={self.device!r} can't be used ({str(error).splitlines()[0]}).") from error
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program, as `run_program` says."""

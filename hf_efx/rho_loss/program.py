@@ -40,7 +40,7 @@ from hf_efx.programs.task_run import (
     task_trainer,
     training_settings,
 )
-from hf_efx.programs.tasks import CORRUPTED_COLUMN, SIDE_MODEL_HELP, TaskModelOptions, TaskOptions
+from hf_efx.programs.tasks import CORRUPTED_COLUMN, SIDE_MODEL_HELP, LearningTask, TaskModelOptions, TaskOptions
 from hf_efx.rho_loss.arguments import RHOLossArguments, RHOLossArgumentsMixin
 from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses
 from hf_efx.rho_loss.irreducible import compute_irreducible_losses, train_irreducible_model
@@ -272,25 +272,17 @@ def make_irreducible_losses(job: TaskJob, options: IrreducibleOptions, granulari
         )
     seed = args.seed + 1  # other weights than the trained model's, where both are of one size
     model = task.side_model(options.irreducible_model, seed)
-    rest = len(task.holdout or task.train)
-    if options.irreducible == "cross_fit":
-        rest = len(task.train) * (options.irreducible_folds - 1) // options.irreducible_folds
-    own = _own_arguments(args, options, rest)
+    own = _own_arguments(args, options, task)
     settings = {**dataclasses.asdict(options), "granularity": granularity, "model": weights_fingerprint(model)}
     choosing = {f.name for f in dataclasses.fields(RHOLossArgumentsMixin)}  # which the table has nothing to do with
-    shared = {name: value for name, value in training_settings(own).items() if name not in choosing}
-    settings |= {"data": job.start["data"], "args": shared, "steps": own.max_steps}
+    settings |= {k: v for k, v in training_settings(own).items() if k not in choosing}
+    settings |= {"data": job.start["data"], "holdout": job.start["holdout"], "steps": own.max_steps}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
     folder = job.folder / FOLDER / digest
     own = dataclasses.replace(own, output_dir=str(folder / "training"))
     common: dict[str, Any] = {"data_collator": task.data_collator, "processing_class": task.tokenizer}
-    scored: dict[str, Any] = {
-        "task": task.loss_task,
-        "granularity": granularity,
-        "fingerprint_columns": task.fingerprint_columns,
-        "output_dir": folder / "table",
-        **common,
-    }
+    scored: dict[str, Any] = {"task": task.loss_task, "granularity": granularity, "output_dir": folder / "table"}
+    scored |= {"fingerprint_columns": task.fingerprint_columns, **common}
     if options.irreducible == "cross_fit":
         table = cross_fit_irreducible_losses(
             lambda: task.side_model(options.irreducible_model, seed),
@@ -311,8 +303,11 @@ def make_irreducible_losses(job: TaskJob, options: IrreducibleOptions, granulari
     return Table(table, time.perf_counter() - start)
 
 
-def _own_arguments(args: Any, options: IrreducibleOptions, examples: int) -> Any:
+def _own_arguments(args: Any, options: IrreducibleOptions, task: LearningTask) -> Any:
     """The run's arguments for the irreducible-loss model: nothing of it is pushed, reported or resumed by hand."""
+    examples, folds = len(task.holdout or ()), options.irreducible_folds
+    if options.irreducible == "cross_fit":
+        examples = len(task.train) * (folds - 1) // folds
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = options.irreducible_steps or max(EPOCHS * examples // batch, 1)
     return dataclasses.replace(

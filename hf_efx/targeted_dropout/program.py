@@ -19,17 +19,13 @@ does
 import copy
 import dataclasses
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from huggingface_hub import EvalResult
-from torch import nn
 
 from hf_efx.core.data.fingerprints import data_fingerprint
 from hf_efx.core.files import write_atomically
@@ -56,6 +52,7 @@ from hf_efx.programs.tasks import CheckpointTaskOptions, LearningTask, TaskModel
 from hf_efx.registry import METHODS
 from hf_efx.targeted_dropout.callback import TargetedDropoutCallback
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
+from hf_efx.targeted_dropout.cost import sizes, step_seconds, weight_bytes
 from hf_efx.targeted_dropout.curve import pruning_curve
 from hf_efx.targeted_dropout.prune_options import PLOT, PruneOptions
 from hf_efx.targeted_dropout.pruning import PruningPlan, PruningReport, prune
@@ -225,8 +222,12 @@ def _prune(
     plan = PruningPlan.of(model, **pruning.selection)
     if pruning.shrink and (plan.granularity != "unit" or not pruning.fraction):
         raise ValueError("shrink=True takes pruned units out: pass --granularity unit and a --fraction above 0.")
-    if pruning.fraction:  # what can't be pruned shows before the curve is drawn
+    if pruning.fraction:  # what can't be pruned or taken out shows before the curve is drawn
         plan.changes(pruning.fraction)
+    if pruning.shrink and pruning.fraction:
+        trial = copy.deepcopy(model)
+        prune(trial, pruning.fraction, **pruning.selection)
+        shrink(trial)
     curve = pruning_curve(
         model,
         lambda model: _evaluate(trainer, task),
@@ -246,7 +247,7 @@ def _prune(
     with not_the_input("saving"):
         if report is not None:
             save_model(trainer, task)
-            rows[-1]["file_bytes"] = _weight_bytes(folder)
+            rows[-1]["file_bytes"] = weight_bytes(folder)
         if trainer.is_world_process_zero():
             results = _write_results(command, trainer, task, [*rows, *_points(curve)], settings, pruning.plot)
             if report is not None and card:
@@ -272,10 +273,10 @@ def _pruned_rows(
 ) -> tuple[list[dict[str, Any]], PruningReport | None]:
     """Prunes and shrinks the Trainer's model; the figures of the dense model and of what it became."""
     model: Any = trainer.model
-    rows = [{"configuration": "as it was", **_evaluate(trainer, task), **_sizes(model)}]
+    rows = [{"configuration": "as it was", **_evaluate(trainer, task), **sizes(model)}]
     with tempfile.TemporaryDirectory(dir=str(trainer.args.output_dir)) as folder:
         model.save_pretrained(folder)
-        rows[0]["file_bytes"] = _weight_bytes(Path(folder))
+        rows[0]["file_bytes"] = weight_bytes(Path(folder))
     if not options.fraction:
         return rows, None
     dense = copy.deepcopy(model)  # so that the two are timed in turn
@@ -284,51 +285,11 @@ def _pruned_rows(
     if options.shrink:
         shrink(model)
         name += ", shrunk"
-    rows.append({"configuration": name, **_evaluate(trainer, task), **_sizes(model)})
+    rows.append({"configuration": name, **_evaluate(trainer, task), **sizes(model)})
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    for row, seconds in zip(rows, _step_seconds([dense, model], batch, options.timed_rounds), strict=True):
+    for row, seconds in zip(rows, step_seconds([dense, model], batch, options.timed_rounds), strict=True):
         row["training_step_seconds"], row["forward_seconds"] = seconds
     return rows, report
-
-
-def _sizes(model: nn.Module) -> dict[str, int]:
-    parameters = list(model.parameters())
-    nonzero = sum(int(p.count_nonzero()) for p in parameters)
-    return {"parameters": sum(p.numel() for p in parameters), "nonzero_parameters": nonzero}
-
-
-def _weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _step_seconds(models: Sequence[nn.Module], batch: Mapping[str, Any], rounds: int) -> list[tuple[float, float]]:
-    """Median seconds of each model's forward and backward pass, and of its forward pass in evaluation, on one batch.
-
-    The models take turns, after one round to warm up, so that a machine that slows down slows all of them.
-    """
-    times: list[tuple[list[float], list[float]]] = [([], []) for _ in models]
-    for i in range(rounds + 1):
-        for model, (training, forward) in zip(models, times, strict=True):
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            model.train()
-            start = _now()
-            torch.autograd.grad(model(**batch).loss, parameters, allow_unused=True)
-            middle = _now()
-            model.eval()
-            with torch.no_grad():
-                model(**batch)
-            end = _now()
-            if i:
-                training.append(middle - start)
-                forward.append(end - middle)
-    return [(statistics.median(training), statistics.median(forward)) for training, forward in times]
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _points(curve: PruningCurve) -> list[dict[str, Any]]:

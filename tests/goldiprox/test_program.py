@@ -13,8 +13,8 @@ from hf_efx.goldiprox import SelectionSequence, program
 
 SHORT = [*QUIET, "--per_device_train_batch_size", "4", "--selection_ratio", "0.25"]
 SELECT = ["--proxy_model", f"resnet:{MODEL}", "--irreducible_model", f"resnet:{MODEL}", "--irreducible_steps", "2"]
-SELECT += ["--num_steps", "10", "--label_noise", "0.2"]
-REPLAY = ["--eval_steps", "5", "--save_steps", "5", "--no_plot"]
+SELECT += ["--num_steps", "6", "--label_noise", "0.2"]
+REPLAY = ["--eval_steps", "3", "--save_steps", "6", "--no_plot"]
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "model.safetensors")
 
 
-def test_select_then_replay_is_both_in_turn(run):
+def test_select_then_replay_is_both_in_turn(run, capsys):
     both = run(*SELECT, "--compare_uniform", out="both")
     selected = run(*SELECT, "--do", "select", out="selected")
     assert not (selected / "model.safetensors").exists()
     sequences = [SelectionSequence.load_from_disk(folder / "sequence") for folder in (both, selected)]
-    assert sequences[0].digest == sequences[1].digest and len(sequences[0]) == 10
+    assert sequences[0].digest == sequences[1].digest and len(sequences[0]) == 6
     assert sequences[0].examples_per_step == 4
     # The label noise and, by the table, the holdout are the data's: they must be given again, the share needn't.
     replay = ["--do", "replay", "--sequence", selected / "sequence", "--label_noise", "0.2"]
@@ -51,21 +51,17 @@ def test_select_then_replay_is_both_in_turn(run):
     assert curve(both) == curve(replayed)
     assert all(weights(both)[name].equal(value) for name, value in weights(replayed).items())
     rows = rows_of(both)
-    assert list(rows) == ["goldiprox", "uniform"] and rows["uniform"]["steps"] == 10
+    assert list(rows) == ["goldiprox", "uniform"] and rows["uniform"]["steps"] == 6
     assert rows["goldiprox"]["selecting_seconds"] > 0 and rows["goldiprox"]["irreducible_seconds"] > 0
     card = ModelCard.load(both / "README.md")
     assert card.data.eval_results[0].metric_value == rows["goldiprox"]["eval_accuracy"]  # pyright: ignore
     assert sequences[0].digest in card.text and "| uniform |" in card.text
+    with pytest.raises(SystemExit) as ended:
+        run(*replay, "--label_noise", "0.3", out="refused")
+    assert ended.value.code == 2 and "another data set" in capsys.readouterr().err
     wide = MODEL.replace("[4,8]", "[4,16]")
     other = run(*replay, "--config_overrides", wide, out="other")  # another model on the same sequence
     assert AutoModelForImageClassification.from_pretrained(other).config.hidden_sizes == [4, 16]  # pyright: ignore
-
-
-def test_another_data_set_is_refused(run, capsys):
-    folder = run(*SELECT, "--do", "select")
-    with pytest.raises(SystemExit) as ended:
-        run("--do", "replay", "--sequence", folder / "sequence", "--label_noise", "0.3", out="replayed")
-    assert ended.value.code == 2 and "another data set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -82,15 +82,13 @@ def test_two_processes_run_every_program(images: str, text: str, tmp_path: Path)
     assert rows_of(tmp_path / "rho_loss")["rho_loss"]["rank_overlap"] == 0
 
 
-PUSH = """
+PUSH_AND_LOAD = """
     import json, sys
     sys.path.insert(0, sys.argv[2])
     from program_runs import program_of
     for name, argv in json.loads(sys.argv[1]):
         assert program_of(name)(argv) == 0, name
-"""
-LOAD = """
-    import json, hf_efx
+
     from huggingface_hub import HfApi, ModelCard
     from transformers import AutoModelForCausalLM, AutoModelForImageClassification
     seen = {}
@@ -107,7 +105,7 @@ LOAD = """
 
 
 def test_to_the_hub_and_back(hub: Any, run_python: Any, images: str, text: str, tmp_path: Path) -> None:
-    """What is pushed is the folder with our card; a new process loads it, a table and a sequence by name."""
+    """What is pushed is the folder with our card; models, a table and a sequence load by name."""
     noisy = [*IMAGES, "--dataset", images, "--label_noise", "0.2"]
     select = [*CHOOSE, "--proxy_model", f"resnet:{MODEL}", "--num_steps", "4"]
     pushed: list[tuple[str, list[str]]] = [
@@ -121,8 +119,8 @@ def test_to_the_hub_and_back(hub: Any, run_python: Any, images: str, text: str, 
     folders = [tmp_path / str(i) for i in range(len(pushed))]
     for (_, argv), folder in zip(pushed, folders, strict=True):
         argv += ["--output_dir", str(folder)]
-    run_python(PUSH, env=hub.env, args=[json.dumps(pushed), REPOSITORY / "tests"])
-    seen = json.loads(run_python(LOAD, env=hub.env).splitlines()[-1])
+    printed = run_python(PUSH_AND_LOAD, env=hub.env, args=[json.dumps(pushed), REPOSITORY / "tests"])
+    seen = json.loads(printed.splitlines()[-1])
     for name, row, metric in (
         ("program", rows_of(folders[0])["low_rank"], "eval_perplexity"),
         ("rho-model", rows_of(folders[2])["rho_loss"], "eval_accuracy"),

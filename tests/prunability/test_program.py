@@ -57,13 +57,16 @@ def test_checkpoints_are_measured_on_one_sample(checkpoints, tmp_path, capsys):
         (["--model", "FIRST", "--compare", "./nowhere"], "nowhere"),
         (["--model", "FIRST", "--tolerance", "-1"], "tolerance=-1"),
         (["--model", "FIRST", "--scope", "row"], "scope"),
+        (["--model", "FIRST", "--device", "gpu"], "device='gpu' can't be used"),
+        (["--model", "FIRST", "--samples", "0"], "samples=0: expected 1 or more"),
+        (["--model", "FIRST", "--output_dir", "/dev/null/out"], "output_dir='/dev/null/out' can't be written"),
         (["--model", "FIRST", "--toleranse", "1"], "tolerance"),
     ],
 )
 def test_wrong_input_ends_with_a_line(argv, message, checkpoints, capsys, tmp_path):
     argv = [checkpoints[0] if word == "FIRST" else word for word in argv]
     with pytest.raises(SystemExit) as error:
-        program.main([*argv, *IMAGES, "--no_plot", "--output_dir", str(tmp_path)])
+        program.main([*IMAGES, "--no_plot", "--output_dir", str(tmp_path), *argv])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -102,26 +102,21 @@ def write_model_card(
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         **metadata,
     )
+    parts = {"model_name": model_name, "description": description, "auto_class": auto_class, "plot": plot}
     body = TEMPLATES.get_template("model_card.md.jinja").render(
-        model_name=model_name,
-        description=description,
-        auto_class=auto_class,
+        **parts,
         repo_id=repo_id or model_name,
         needs_hf_efx=needs_hf_efx,
         results=markdown_table(*_results_table(results)) if results else "",
         comparison=markdown_table(*comparison) if comparison else "",
-        plot=plot,
         configuration=settings_table(configuration),
         training=settings_table(training),
         versions=settings_table(versions()),
         citations=citations,
     )
-    card = ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n{body}"
-    )  # reads the metadata back: what can't be read raises here
-    path = directory / "README.md"
-    write_atomically(path, str(card))
-    return path
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")  # reads it back: what can't be read raises here
+    write_atomically(directory / "README.md", str(card))
+    return directory / "README.md"
 
 
 def render_result_card(results: Mapping[str, Any], *, method: MethodRow, source: str) -> str:
