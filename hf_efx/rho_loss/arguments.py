@@ -1,11 +1,14 @@
 """Options of one RHO-LOSS run, as a plain dataclass mixin and as ready TrainingArguments."""
 
+import logging
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.rho_loss.selection import SELECTION_FUNCTIONS
+
+logger = logging.getLogger(__name__)
 
 _CHOICES = {
     "score_mode": ("eval", "train"),
@@ -96,6 +99,13 @@ class RHOLossArgumentsMixin:
             "or 'regression'; nothing infers it from the model's class."
         },
     )
+    check_scored_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "Compare, at the first choice, the loss that examples are scored by with the one that is trained "
+            "(two forward passes), and refuse a run where they differ; False lets them."
+        },
+    )
     # 10 in the paper's code (its BALD baseline).
     mc_samples: int = field(
         default=10,
@@ -156,6 +166,7 @@ class RHOLossArgumentsMixin:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
+                logger.info("preset=%r sets %s=%r, whose value was the default.", self.preset, name, value)
 
     def _check_options(self) -> None:
         if not 0 < self.selection_ratio <= 1:

@@ -1,5 +1,6 @@
 """What a selecting run refuses before any work: options, data sets and tables that don't belong together."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,9 @@ from hf_efx.core.scoring.scorer import Scorer
 from hf_efx.core.scoring.scoring_state import scoring_state, unwrap_model
 from hf_efx.rho_loss.arguments import RHOLossArgumentsMixin
 from hf_efx.rho_loss.selection import SelectionFunction
+
+# What trl's Trainers add up in compute_loss, to be logged.
+_KEPT_FIGURES = ("_metrics", "_stored_metrics", "_total_train_tokens")
 
 
 def check_arguments(args: Any) -> None:
@@ -133,10 +137,12 @@ def check_scored_loss(trainer: Any, inputs: dict[str, Any], task: Task, label_sm
         ValueError: If the two differ by more than a hundredth.
     """
     model = unwrap_model(trainer.model)
+    figures = {name: copy.deepcopy(vars(trainer)[name]) for name in _KEPT_FIGURES if name in vars(trainer)}
     with scoring_state(model, "eval"):
         scored = Scorer(("loss", "count"), task=task, label_smoothing=label_smoothing)(model, inputs)
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=_items(trainer, scored["count"]))
+    vars(trainer).update(figures)
     trained = float(loss.detach().float().mean())
     counts = scored["count"] if task in ("causal", "seq2seq", "masked", "token_classification") else None
     counts = torch.ones_like(scored["loss"]) if counts is None else counts
@@ -145,8 +151,8 @@ def check_scored_loss(trainer: Any, inputs: dict[str, Any], task: Task, label_sm
         source = _loss_of_its_own(trainer) or "the model"
         raise ValueError(
             f"{source} trains on a loss of {trained:.4g} where examples are scored by one of {mean:.4g} ({task}). Set "
-            f"scoring_task={task!r} if they are to be chosen by that all the same, register a selection function of "
-            f"your own, or use one that reads no loss, such as 'uniform'."
+            f"check_scored_loss=False if they are to be chosen by that all the same, another scoring_task, or a "
+            f"selection that reads no loss, such as 'uniform'."
         )
 
 
@@ -174,6 +180,8 @@ def check_columns(data: Any, columns: Sequence[str]) -> IdIndex | None:
     names = getattr(data, "column_names", None)
     if names is None:  # a stream may not know them; torch's has a __getitem__ that raises
         stream = isinstance(data, torch.utils.data.IterableDataset) or not hasattr(data, "__getitem__")
+        if stream and iter(data) is iter(data):  # what is looked at is gone: the collator will miss the columns
+            return None
         names = list(next(iter(data), {}) if stream else data[0])
     for name in columns:
         if name not in names:

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ logger = logging.getLogger(__name__)
 TRAINING = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type"),
-    *("warmup_steps", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed"),
+    *("warmup_steps", "lr_scheduler_kwargs", "optim_args", "neftune_noise_alpha", "label_smoothing_factor", "bf16"),
+    *("fp16", "seed", "data_seed", "eval_strategy", "eval_steps", "train_sampling_strategy", "dataloader_drop_last"),
 )
 _TEMPORARY: list[tempfile.TemporaryDirectory] = []  # tables without an output_dir, until the process ends
 
@@ -173,7 +174,8 @@ def train_irreducible_model(
         ValueError: If `args.output_dir` holds checkpoints of other data, arguments or initial weights, or of a run
             whose settings aren't known.
     """
-    _check_same_model(model, args, holdout, target, processing_class)
+    parts = {"data_collator": data_collator, **trainer_options}
+    _check_same_model(model, args, holdout, target, processing_class, parts)
     trainer = LowestLossTrainer(
         **_model_argument(model),
         args=best_by_loss(args),
@@ -187,9 +189,14 @@ def train_irreducible_model(
 
 
 def _check_same_model(
-    model: Any, args: TrainingArguments, holdout: Dataset, target: Dataset, processing_class: Any
+    model: Any,
+    args: TrainingArguments,
+    holdout: Dataset,
+    target: Dataset,
+    processing_class: Any,
+    parts: Mapping[str, Any],
 ) -> None:
-    """Keeps what the model depends on in `args.output_dir`, or compares it with what is there."""
+    """Keeps what the model depends on in `args.output_dir`, or compares it with what is there; on every process."""
     folder, kept = Path(str(args.output_dir)), Path(str(args.output_dir), "settings.json")
     if last_complete_checkpoint(str(folder)) is not None and not kept.is_file():
         raise ValueError(
@@ -204,12 +211,24 @@ def _check_same_model(
         "tokenizer": tokenizer_fingerprint(processing_class),
         "initial_weights": weights_fingerprint(initial),
         "training": {name: training[name] for name in TRAINING},
+        "parts": {name: _named(value) for name, value in parts.items() if name != "callbacks" and value is not None},
     }
-    if process_rank()[0] == 0:
-        if last_complete_checkpoint(str(folder)) is None:
-            kept.unlink(missing_ok=True)  # nothing was made with them
+    if process_rank()[0] == 0 and last_complete_checkpoint(str(folder)) is None:
+        kept.unlink(missing_ok=True)  # nothing was made with them
         check_kept_settings(folder, settings)
     wait_for_all()
+    check_kept_settings(folder, settings)
+
+
+def _named(value: Any) -> Any:
+    """A part of a Trainer as far as JSON tells one from another: names of functions and classes, plain values."""
+    if isinstance(value, tuple | list):
+        return [_named(one) for one in value]
+    if isinstance(value, Mapping):
+        return {str(key): _named(one) for key, one in value.items()}
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def default_collator(processing_class: Any) -> Callable[[list[Any]], Any]:

@@ -17,7 +17,7 @@ from torch import nn
 from hf_efx.core.data.example_ids import ID_COLUMN
 from hf_efx.core.scoring.batches import Batch, batch_size
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels
-from hf_efx.core.scoring.scorer import Precision, Scorer, base_model, has_bf16_units
+from hf_efx.core.scoring.scorer import Precision, Scorer, base_model, bf16_is_faster
 from hf_efx.rho_loss.exchange import exchange_rows, gather_equal, sum_over_processes, union_order
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
 from hf_efx.rho_loss.micro_batches import MicroBatch, cut_rows, gather_rows, split_evenly
@@ -275,8 +275,8 @@ def make_selector(trainer: Any, chosen: int, drawn: int) -> ExampleSelector | To
             quantities |= {"correct"}
     precision = resolve_precision(options)
     if options.scoring_precision == "auto":
-        units = "as in training, for lack of bfloat16 units" if precision is None else precision
-        logger.info("scoring_precision='auto': %s.", units)
+        found = "as in training, since bf16 is no faster here" if precision is None else precision
+        logger.info("scoring_precision='auto': %s.", found)
     scorer = Scorer(
         sorted(quantities),
         task=options.scoring_task,
@@ -311,8 +311,8 @@ def resolve_precision(options: Any) -> Precision | None:
     """What scores are computed in; `"auto"` takes what the device is faster in, the same on all processes."""
     if options.scoring_precision != "auto":
         return options.scoring_precision
-    with_units = sum_over_processes(np.array([float(has_bf16_units(options.device))]), options.device)[0]
-    return "bf16" if with_units == options.world_size else None
+    faster = sum_over_processes(np.array([float(bf16_is_faster(options.device))]), options.device)[0]
+    return "bf16" if faster == options.world_size else None
 
 
 def _padding(trainer: Any) -> dict[str, float]:

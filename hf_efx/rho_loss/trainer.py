@@ -117,7 +117,8 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         """Refuses a training set without ids, or another one than the table's; gives its rows by id."""
         data: Any = self.train_dataset
         options: Any = self.args
-        key = (self.extra_columns, options.selection, options.granularity, options.label_smoothing_factor)
+        names = ("selection", "granularity", "label_smoothing_factor", "scoring_task")
+        key = (self.extra_columns, *(getattr(options, name) for name in names))
         if self._checked is not None and self._checked[0] is data and self._checked[1] == key:
             return self._checked[2]
         index = check_columns(data, self.extra_columns)
@@ -237,14 +238,14 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         return outcome.micro_batches
 
     def _check_scored_loss(self, batch: Any) -> None:
-        """Compares, once a run, what is scored with what is trained; `scoring_task` says that they may differ."""
+        """Compares, once a run, what is scored with what is trained, unless told that they may differ."""
         self._loss_checked = True
         options: Any = self.args
         inputs = {name: value for name, value in batch.items() if name not in self.extra_columns}
         reads_loss = {"loss", "mc_loss", "grad_norm"} & {*self.selection_function.quantities}
         if self.selection_function.sampled:
             check_weighted_loss(self, inputs, WEIGHT)
-        if self.scoring_model is None and options.scoring_task is None and reads_loss:
+        if self.scoring_model is None and options.check_scored_loss and reads_loss:
             check_scored_loss(self, inputs, self.scored_task(), options.label_smoothing_factor)
 
     def _report(self, outcome: Outcome, loading: float, scoring: float) -> None:
@@ -347,7 +348,7 @@ class RHOLossTrainer(RHOLossMixin, Trainer):
         processing_class: Tokenizer, image or feature processor, saved with the model.
         model_init: Makes the model at each `train`; what a hyperparameter search needs.
         compute_loss_func: The loss of (outputs, labels, num_items_in_batch), instead of the model's own: the mean of
-            what examples are scored by, or `args.scoring_task` says that it needn't be.
+            what examples are scored by, or `args.check_scored_loss=False` says that it needn't be.
         compute_metrics: Figures of an `EvalPrediction`, by name.
         callbacks: Besides the Trainer's own.
         optimizers: A ready optimizer and scheduler.

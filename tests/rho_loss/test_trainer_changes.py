@@ -58,15 +58,15 @@ def test_a_preset_set_later_acts(tmp_path: Path) -> None:
     assert run.args.selection_ratio == 0.2 and len(run.ids[0]) == 4
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_auto_scores_in_bf16_where_the_device_has_units_for_it(
-    units: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_scores_in_bf16_where_the_device_is_faster_in_it(
+    faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hf_efx.rho_loss.selecting.has_bf16_units", lambda device: units)
+    monkeypatch.setattr("hf_efx.rho_loss.selecting.bf16_is_faster", lambda device: faster)
     run = trainer(tmp_path, max_steps=1, preset="fast")
     with caplog.at_level("INFO", "hf_efx"):
         run.train()
-    assert run._selector.scorer.precision == ("bf16" if units else None)
+    assert run._selector.scorer.precision == ("bf16" if faster else None)
     assert caplog.text.count("scoring_precision='auto'") == 1
     asked = trainer(tmp_path, max_steps=1, preset="fast", scoring_precision="bf16")
     asked.train()
@@ -177,10 +177,10 @@ def test_another_loss_than_the_scored_is_refused_before_the_first_step(
     cls: Any, loss: Any, name: str, tmp_path: Path
 ) -> None:
     run = own_loss(tmp_path, cls, loss)
-    with pytest.raises(ValueError, match=f"{name} trains on a loss of .*Set scoring_task='causal'"):
+    with pytest.raises(ValueError, match=f"{name} trains on a loss of .*Set check_scored_loss=False"):
         run.train()
     assert run.state.global_step == 0
-    own_loss(tmp_path, cls, loss, scoring_task="causal").train()  # asked for
+    own_loss(tmp_path, cls, loss, check_scored_loss=False).train()  # asked for
     own_loss(tmp_path, cls, loss, selection="uniform").train()  # reads no loss
 
 
