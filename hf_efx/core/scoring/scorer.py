@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from hf_efx.core.scoring.batches import sequence_names, take_columns, take_rows, trim_padding
 from hf_efx.core.scoring.batches import batch_size as rows_of
+from hf_efx.core.scoring.batches import sequence_names, take_columns, take_rows, trim_padding
 from hf_efx.core.scoring.forward import Forward, aligned, check_own_loss
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels, check_inputs, per_example_loss
 from hf_efx.core.scoring.scoring_state import base_model, scoring_state, unwrap_model
@@ -44,8 +44,7 @@ _HEADS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("classification", ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")),
 )
 _LANGUAGE_MODELS = {"causal", "seq2seq", "masked"}
-# Decoders under transformers' causal heads that take labels which are shifted already. tests/core/scoring/test_own_loss.py
-# goes through all classes.
+# Decoders under transformers' causal heads whose labels are shifted already; test_own_loss.py looks at all classes.
 _UNSHIFTED = {
     "BartForCausalLM",
     "BigBirdPegasusForCausalLM",
@@ -141,7 +140,7 @@ class Scorer:
     precision: Precision | None = None
     batch_size: int | None = None
     mc_samples: int = 10  # as in the RHO-LOSS paper's code, src/curricula/selection_methods.py
-    _checked: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet, init=False, repr=False, compare=False)
+    _checked: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.quantities, str) or not set(self.quantities) <= set(QUANTITIES):
