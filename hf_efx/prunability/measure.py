@@ -224,14 +224,14 @@ def losses_of(losses: Any, samples: int | None, seed: int, *options: Any) -> Eva
     Raises:
         ValueError: As `Sample` does; or for options of a data set beside a function, which has its own.
     """
-    is_function: bool = callable(losses)
-    if not is_function:
+    function: EvaluateLoss = losses
+    if not callable(losses):
         return Sample(losses, samples, seed, *options)
     names = ("samples", "data_collator", "task", "batch_size", "label_smoothing")
     given = dict(zip(names, (samples, *options), strict=True))
     if changed := [name for name in names if given[name] != _DATA_SET[name]]:
         raise ValueError(f"{', '.join(changed)}: only for a data set, but the losses come from a function")
-    return losses
+    return function
 
 
 def _bound(loss: Any, tolerance: float, mode: str) -> Any:
