@@ -5,4 +5,10 @@ from hf_efx.prunability.callback import PrunabilityCallback
 from hf_efx.prunability.measure import PrunabilityResult, measure_prunability
 from hf_efx.prunability.study import generalization_study
 
-__all__ = ["BASELINE_MEASURES", "PrunabilityCallback", "PrunabilityResult", "generalization_study", "measure_prunability"]
+__all__ = [
+    "BASELINE_MEASURES",
+    "PrunabilityCallback",
+    "PrunabilityResult",
+    "generalization_study",
+    "measure_prunability",
+]

@@ -181,12 +181,7 @@ def measure_prunability(
         curve = _LossCurve(model, order, evaluate)
         curve.check_whole(tolerance_mode)
         bound = _bound(curve.at(STEPS), tolerance, tolerance_mode)
-        if exhaustive:
-            within = [curve.at(step) <= bound for step in range(1, STEPS + 1)]
-            lowest = (within.index(True) + 1) / STEPS
-            found = STEPS - next((i for i, good in enumerate(reversed(within)) if not good), STEPS) + 1
-        else:
-            lowest, found = None, _bisect(lambda step: curve.at(step) <= bound)
+        found, lowest = (_scan if exhaustive else _bisect)(lambda step: curve.at(step) <= bound)
         kept = order.kept(found / STEPS)
     settings = {
         "tolerance": tolerance,
@@ -203,7 +198,7 @@ def measure_prunability(
         curve=PruningCurve(points, "loss", higher_is_better=False, settings=settings),
         evaluations=curve.evaluations,
         interval=_interval(curve, tolerance, tolerance_mode, seed),
-        lowest=lowest,
+        lowest=None if lowest is None else lowest / STEPS,
         loss=curve.at(STEPS),
         bound=bound,
         weights=order.count,
@@ -223,19 +218,20 @@ def check_options(tolerance: float, criterion: str, scope: str, tolerance_mode: 
             raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(get_args(kind))}")
 
 
-def losses_of(losses: EvaluateLoss | Any, samples: int | None, seed: int, *options: Any) -> EvaluateLoss:
+def losses_of(losses: Any, samples: int | None, seed: int, *options: Any) -> EvaluateLoss:
     """A function of the model: the user's, or a `Sample` of a data set with these options.
 
     Raises:
         ValueError: As `Sample` does; or for options of a data set beside a function, which has its own.
     """
+    function: EvaluateLoss = losses
     if not callable(losses):
         return Sample(losses, samples, seed, *options)
     names = ("samples", "data_collator", "task", "batch_size", "label_smoothing")
     given = dict(zip(names, (samples, *options), strict=True))
     if changed := [name for name in names if given[name] != _DATA_SET[name]]:
         raise ValueError(f"{', '.join(changed)}: only for a data set, but the losses come from a function")
-    return losses
+    return function
 
 
 def _bound(loss: Any, tolerance: float, mode: str) -> Any:
@@ -243,13 +239,20 @@ def _bound(loss: Any, tolerance: float, mode: str) -> Any:
     return loss * (1 + tolerance) if mode == "relative" else loss + tolerance
 
 
-def _bisect(within: Callable[[int], bool]) -> int:
+def _scan(within: Callable[[int], bool]) -> tuple[int, int]:
+    """The smallest step from 1 to STEPS from which on all are within, and the smallest that is at all."""
+    good = [within(step) for step in range(1, STEPS + 1)]
+    bad = [step for step, is_good in enumerate(good, 1) if not is_good]
+    return max(bad, default=0) + 1, good.index(True) + 1
+
+
+def _bisect(within: Callable[[int], bool]) -> tuple[int, None]:
     """The smallest step from 1 to STEPS that is within, if all above it are; STEPS itself always is."""
     below, found = 0, STEPS
     while found - below > 1:
         middle = (below + found) // 2
         below, found = (below, middle) if within(middle) else (middle, found)
-    return found
+    return found, None
 
 
 class _LossCurve:

@@ -128,7 +128,8 @@ class WeightOrder:
         groups = [list(self.weights)] if self.scope == "global" else [[name] for name in self.weights]
         for names in groups:
             count = sum(self.weights[name].numel() for name in names)
-            masks = smallest_together(lambda names=names: self._scores(names), count - candidate_count(fraction, count))
+            pruned = count - candidate_count(fraction, count)
+            masks = smallest_together(lambda names=names: self._scores(names), pruned)
             pieces = ((name, piece) for name in names for piece in _pieces(self.weights[name].data))
             for (name, piece), mask in zip(pieces, masks, strict=True):
                 yield name, (piece, mask)

@@ -50,7 +50,7 @@ NOTES = [
     "The networks of digits evaluate in a millisecond or a few, so that the interval, 1,000 resamplings of the "
     "examples whatever the network, weighs in the seconds of bisection; torch.nn.utils.prune's scan gives none.",
     "GPT-2 has new weights, which stand any pruning: bisection ends at the grid's lowest point, where the most is "
-    "kept aside. The zeroed weights are all that is kept; embeddings (0.32 of the weights) aren't ranked.",
+    "kept aside: the zeroed weights and a byte a ranked weight. Embeddings (0.32 of the weights) aren't ranked.",
     "torch.nn.utils.prune ranks the same weights by global_unstructured, half of GPT-2's; it keeps masks and pruned "
     "weights beside the originals.",
 ]

@@ -1,5 +1,7 @@
 """PrunabilityCallback: figures, model selection, early stopping, cost, and a training that it doesn't change."""
 
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset
@@ -72,12 +74,13 @@ def test_the_figure_is_of_the_weights_at_hand(tmp_path):
     first = callback.results
     trainer.args.learning_rate = 0.0001
     torch.manual_seed(1)
-    trainer.model_init = lambda: Digits(16)
+    trainer.model_init = lambda: Digits(16)  # pyright: ignore
     trainer.train()
+    model: Any = trainer.model
     ((step, result),) = callback.results
-    assert step == 4 and result == measure_prunability(trainer.model, callback.losses) != first[0][1]
+    assert step == 4 and result == measure_prunability(model, callback.losses) != first[0][1]
     with torch.no_grad():
-        for parameter in trainer.model.parameters():
+        for parameter in model.parameters():
             parameter.data.mul_(0.5)
     assert trainer.evaluate()["eval_prunability_loss"] != result.loss
 

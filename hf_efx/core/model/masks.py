@@ -114,7 +114,7 @@ def _weakest_together(modules: Mapping[str, nn.Module], fraction: float) -> dict
             raise ValueError(f"{name}.weight: There are NaN magnitudes, which have no order.")
     count = candidate_count(fraction, sum(view.weight.numel() for view in views.values()))
     masks = smallest_together(lambda: (view.matrix().abs() for view in views.values()), count)
-    return {name: in_weight_shape(mask.t(), view.module) for (name, view), mask in zip(views.items(), masks, strict=True)}
+    return {n: in_weight_shape(mask.t(), view.module) for (n, view), mask in zip(views.items(), masks, strict=True)}
 
 
 def smallest_together(scores: Callable[[], Iterable[torch.Tensor]], count: int) -> Iterator[torch.Tensor]:

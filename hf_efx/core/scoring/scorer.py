@@ -46,8 +46,7 @@ _HEADS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("classification", ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")),
 )
 _LANGUAGE_MODELS = {"causal", "seq2seq", "masked"}
-# Decoders under transformers' causal heads that take labels which are shifted already. tests/core/scoring/test_own_loss.py
-# goes through all classes.
+# Decoders under transformers' causal heads whose labels are shifted already; test_own_loss.py looks at all classes.
 _UNSHIFTED = {
     "BartForCausalLM",
     "BigBirdPegasusForCausalLM",
@@ -167,7 +166,7 @@ class Scorer:
     precision: Precision | None = None
     batch_size: int | None = None
     mc_samples: int = 10  # as in the RHO-LOSS paper's code, src/curricula/selection_methods.py
-    _checked: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet, init=False, repr=False, compare=False)
+    _checked: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.quantities, str) or not set(self.quantities) <= set(QUANTITIES):

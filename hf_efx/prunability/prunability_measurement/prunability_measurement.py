@@ -1,7 +1,7 @@
 """Prunability as a measurement of the library `evaluate`; loads offline from its folder.
 
-    measurement = evaluate.load("hf_efx/prunability/prunability_measurement")
-    measurement.compute(data=["a text that the model was trained on", ...], model="you/model")
+measurement = evaluate.load("hf_efx/prunability/prunability_measurement")
+measurement.compute(data=["a text that the model was trained on", ...], model="you/model")
 """
 
 import datasets

@@ -201,6 +201,8 @@ def test_scoring_state_can_be_used_alone():
 
 
 class Shared(nn.Module):
+    table: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("table", torch.ones(2))

@@ -1,4 +1,4 @@
-"""A tiny model of nearly every class that transformers has under a head, made from its default config by generic sizes."""
+"""A tiny model of nearly every class that transformers has under a head, from its default config by generic sizes."""
 
 from typing import Any
 
@@ -81,7 +81,7 @@ def tiny_model(head: str, name: str, model_type: str, **options: Any) -> Any:
     """A model of a class with weights that make its logits differ; raises where the sizes don't fit."""
     if head in HEADS[3:]:
         options = {"num_labels": LABELS, **options}
-    kind = transformers.CONFIG_MAPPING[model_type]
+    kind: Any = transformers.CONFIG_MAPPING[model_type]
     sizes = {**_small(kind().to_dict()), **_MORE.get(model_type, {}), "pad_token_id": PAD, **options}
     config: Any = kind(**sizes, is_decoder=head == "CAUSAL_LM")
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
