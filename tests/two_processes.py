@@ -6,6 +6,7 @@
 starts two gloo workers on CPUs (`--cpu` would silently start one). The first process writes FOLDER/results.json.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -247,6 +248,7 @@ def best_model_is_back(folder: Path) -> bool:
 
 def main(folder: Path) -> None:
     """Runs everything and writes the results."""
+    gc.freeze()  # each `Trainer.train` collects garbage
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
     share = BATCH // accelerator.num_processes

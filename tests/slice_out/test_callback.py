@@ -237,7 +237,7 @@ def test_a_context_of_ones_own_stays_the_callback_s() -> None:
     callback: Any = StepContextCallback(context)
     state: Any = type("State", (), {"max_steps": 5, "stateful_callbacks": {}})
     args: Any = type("Args", (), {"process_index": 0, "seed": 42})
-    callback.on_train_begin(args, state, None, model=sliced())
+    callback.on_train_begin(args, state, None, model=GPT2.build())
     assert callback.context is context and context.seed == 3 and context.max_steps == 5
 
 
