@@ -94,7 +94,7 @@ def _check_arguments(args: TrainingArguments) -> None:
     try:
         get_scheduler(
             args.lr_scheduler_type,
-            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0),
             num_warmup_steps=1,
             num_training_steps=10,
             scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # pyright: ignore[reportArgumentType]
