@@ -91,13 +91,14 @@ def _check_arguments(args: TrainingArguments) -> None:
     if args.prediction_loss_only or (args.label_names and "labels" not in args.label_names):
         name = "prediction_loss_only" if args.prediction_loss_only else "label_names"
         raise ValueError(f"{name}={getattr(args, name)!r} leaves an evaluation without its metric: leave it out.")
+    options: Any = args.lr_scheduler_kwargs or {}
     try:
         get_scheduler(
             args.lr_scheduler_type,
-            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0),
             num_warmup_steps=1,
             num_training_steps=10,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # pyright: ignore[reportArgumentType]
+            scheduler_specific_kwargs=dict(options),
         )
     except (TypeError, ValueError) as error:
         name = SchedulerType(args.lr_scheduler_type).value
