@@ -18,7 +18,7 @@ from transformers import Trainer
 from hf_efx.core.data.example_ids import check_dataset
 from hf_efx.core.data.fingerprints import data_fingerprint, weights_fingerprint
 from hf_efx.core.data.text_data import source_name
-from hf_efx.core.scoring.scorer import base_model
+from hf_efx.core.scoring.scoring_state import base_model
 from hf_efx.goldiprox.recording import SequenceRecorder
 from hf_efx.goldiprox.sequence import SelectionSequence
 from hf_efx.rho_loss.exchange import gather_equal

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_efx.core.data.fingerprints import weights_fingerprint
+from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.losses import Task
-from hf_efx.core.scoring.scoring_state import scoring_state, unwrap_model
+from hf_efx.core.scoring.scoring_state import scoring_state
 from hf_efx.prunability.measure import (
     PrunabilityResult,
     ToleranceMode,

@@ -17,10 +17,11 @@ import torch
 from huggingface_hub import EvalResult
 from torch import nn
 
+from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.results.curves import PruningCurve
 from hf_efx.core.results.plots import matplotlib_pyplot
 from hf_efx.core.scoring.losses import Task
-from hf_efx.core.scoring.scoring_state import scoring_state, unwrap_model
+from hf_efx.core.scoring.scoring_state import scoring_state
 from hf_efx.prunability.sample import EvaluateLoss, Sample
 from hf_efx.prunability.weights import Criterion, Scope, WeightOrder, prunable_weights
 

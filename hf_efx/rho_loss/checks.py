@@ -10,9 +10,10 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_efx.core.data.example_ids import ID_COLUMN, IdIndex
+from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scorer import Scorer
-from hf_efx.core.scoring.scoring_state import scoring_state, unwrap_model
+from hf_efx.core.scoring.scoring_state import scoring_state
 from hf_efx.rho_loss.arguments import RHOLossArgumentsMixin
 from hf_efx.rho_loss.selection import SelectionFunction
 

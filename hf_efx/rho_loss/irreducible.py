@@ -39,7 +39,8 @@ from hf_efx.core.data.tables import (
 )
 from hf_efx.core.data.text_data import source_name
 from hf_efx.core.scoring.losses import Task
-from hf_efx.core.scoring.scorer import Precision, Scorer, base_model, infer_task
+from hf_efx.core.scoring.scorer import Precision, Scorer, infer_task
+from hf_efx.core.scoring.scoring_state import base_model
 from hf_efx.core.training.checkpoints import last_complete_checkpoint
 from hf_efx.core.training.trainer import EfxTrainer
 from hf_efx.rho_loss.irreducible_table import (

@@ -17,7 +17,8 @@ from torch import nn
 from hf_efx.core.data.example_ids import ID_COLUMN
 from hf_efx.core.scoring.batches import Batch, batch_size
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels
-from hf_efx.core.scoring.scorer import Precision, Scorer, base_model, bf16_is_faster
+from hf_efx.core.scoring.scorer import Precision, Scorer, bf16_is_faster
+from hf_efx.core.scoring.scoring_state import base_model
 from hf_efx.rho_loss.exchange import exchange_rows, gather_equal, sum_over_processes, union_order
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
 from hf_efx.rho_loss.micro_batches import MicroBatch, cut_rows, gather_rows, split_evenly

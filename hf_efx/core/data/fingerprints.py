@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from hf_efx.core.data.example_ids import ID_COLUMN, check_dataset
-from hf_efx.core.scoring.scoring_state import unwrap_model
+from hf_efx.core.model.wrappers import unwrap_model
 
 _FINGERPRINT_BYTES = 16 * 2**20  # of rows that are hashed at a time
 

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.auto import modeling_auto
 
+from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.batches import batch_size as rows_of
 from hf_efx.core.scoring.batches import sequence_names, take_columns, take_rows, trim_padding
 from hf_efx.core.scoring.forward import Forward, aligned, check_own_loss
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels, check_inputs, per_example_loss
-from hf_efx.core.scoring.scoring_state import base_model, scoring_state, unwrap_model
+from hf_efx.core.scoring.scoring_state import base_model, scoring_state
 
 Mode = Literal["eval", "train"]
 Precision = Literal["bf16", "fp16"]

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from scoring_cases import CASES
 from torch import nn
 
+from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.scorer import Scorer
-from hf_efx.core.scoring.scoring_state import scoring_state, untouched, unwrap_model
+from hf_efx.core.scoring.scoring_state import scoring_state, untouched
 from hf_efx.core.training.step_context import StepContext
 
 
