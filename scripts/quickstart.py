@@ -236,12 +236,13 @@ def train_all(
         for name, step, note in reports(queue, runs):
             if step == 0:
                 progress.start_task(tasks[name])
-            progress.update(tasks[name], completed=step, **({} if note is None else {"note": note}))
+            shown: dict[str, Any] = {} if note is None else {"note": note}
+            progress.update(tasks[name], completed=step, **shown)
             if note and note.startswith("validation"):
                 progress.stop_task(tasks[name])
                 if not progress.console.is_terminal:  # a log file shows no bars
                     print(f"{name}: {note}", flush=True)
-    rows, logs = ({name: run.result()[i] for name, run in runs.items()} for i in (0, 1))
+    rows, logs = {name: run.result()[0] for name, run in runs.items()}, {n: r.result()[1] for n, r in runs.items()}
     dense, he = rows["dense"]["eval_perplexity"], rows["he"]["eval_perplexity"]
     for row in rows.values():
         row["gap_closed"] = (he - row["eval_perplexity"]) / (he - dense) if he != dense else math.nan

@@ -320,7 +320,8 @@ def _padding(trainer: Any) -> dict[str, float]:
     """What fills the columns of rows of unequal width, which come together from several draws."""
     config = getattr(base_model(trainer.model), "config", None)
     sources = (trainer.processing_class, getattr(trainer.processing_class, "tokenizer", None), config)
-    token = next((s.pad_token_id for s in sources if getattr(s, "pad_token_id", None) is not None), 0)
+    tokens = (getattr(source, "pad_token_id", None) for source in sources)
+    token = next((token for token in tokens if token is not None), 0)
     return {"input_ids": token, "decoder_input_ids": token, "decoder_attention_mask": 0, "position_ids": 0}
 
 
