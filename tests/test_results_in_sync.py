@@ -80,7 +80,9 @@ def test_generated_sections(repository):
 
 def test_a_gpu_s_table_stands_below_the_cpu_s(repository):
     parts = {"command": "bash scripts/benchmarks/on_gpu.sh OUT", "data": {"name": "tokens", "fingerprint": "-"}}
-    parts |= {"seeds": [0], "claims": [], "title": "Steps on a GPU"}
+    text = METHODS["low_rank"].cost.claim  # pyright: ignore[reportOptionalMemberAccess]
+    cost = claim(text, source="ours", bar=1, measured=0.7, direction="at_most")
+    parts |= {"seeds": [0], "claims": [cost], "title": "Steps on a GPU"}
     for folder, value in (("", 5.0), ("gpu/", 0.25)):
         rows = [{"configuration": "dense", "seed": 0, "milliseconds": value}]
         write_results(repository / f"scripts/benchmarks/results/{folder}low_rank.json", rows=rows, **parts)

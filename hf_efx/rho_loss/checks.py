@@ -142,11 +142,10 @@ def check_scored_loss(trainer: Any, inputs: dict[str, Any], task: Task, label_sm
     with scoring_state(model, "eval"):
         scored = Scorer(("loss", "count"), task=task, label_smoothing=label_smoothing)(model, inputs)
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=_items(trainer, scored["count"]))
+            loss = _mean_loss(trainer, model, inputs, scored["count"])
     vars(trainer).update(figures)
     trained = float(loss.detach().float().mean())
-    counts = scored["count"] if task in ("causal", "seq2seq", "masked", "token_classification") else None
-    counts = torch.ones_like(scored["loss"]) if counts is None else counts
+    counts = scored["count"]  # of tokens; of rows 1, or 0 without a label
     mean = float((scored["loss"].double() * counts).sum() / counts.sum().clamp(min=1))
     if math.isfinite(trained) and abs(trained - mean) > 0.01 * max(abs(trained), abs(mean), 1e-3):
         source = _loss_of_its_own(trainer) or "the model"
@@ -157,12 +156,13 @@ def check_scored_loss(trainer: Any, inputs: dict[str, Any], task: Task, label_sm
         )
 
 
-def _items(trainer: Any, counts: torch.Tensor) -> torch.Tensor | None:
-    """What the Trainer hands its loss as `num_items_in_batch`, were all processes' batches as this one."""
-    if not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None:
-        return None
+def _mean_loss(trainer: Any, model: Any, inputs: dict[str, Any], counts: torch.Tensor) -> torch.Tensor:
+    """The Trainer's loss of a batch by itself, before it is multiplied for the average over processes."""
+    if trainer.compute_loss_func is None:
+        return trainer.compute_loss(model, dict(inputs))  # without a count of items the model takes the mean
+    loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=counts.sum())
     others = max(trainer.accelerator.num_processes // trainer.get_tp_size(), trainer.args.n_gpu)
-    return counts.sum() * (others if trainer.args.average_tokens_across_devices else 1)
+    return loss / (others if trainer.args.average_tokens_across_devices else 1)
 
 
 def check_columns(data: Any, columns: Sequence[str]) -> IdIndex | None:

@@ -65,4 +65,4 @@ def test_options_go_onto_other_arguments_and_the_command_line(tmp_path: Path) ->
 
 
 def test_every_option_has_a_text() -> None:
-    assert len(describe_options(RHOLossArgumentsMixin)) == 14
+    assert len(describe_options(RHOLossArgumentsMixin)) == 15

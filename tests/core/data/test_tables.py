@@ -290,7 +290,8 @@ def test_ten_million_rows_stay_under_a_gibibyte(run_python, tmp_path):
         import pyarrow as pa
         from datasets import Dataset, Features, Value
         from hf_efx.core.data.tables import with_settings, write_arrow
-        from hf_efx.rho_loss.irreducible import IrreducibleLosses, load_irreducible_losses, save_irreducible_losses
+        from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
+        from hf_efx.rho_loss.irreducible_table import load_irreducible_losses, save_irreducible_losses
 
         rows, step, folder = 10_000_000, 1_000_000, Path(sys.argv[1])
         features = Features({"example_id": Value("int64"), "irreducible_loss": Value("float32")})
