@@ -96,6 +96,8 @@ class EfxTrainerMixin(_Base):
             raise
         finally:
             self._resume_from = None
+            for callback in self._step_context_callbacks():  # it may serve another Trainer next
+                callback.checkpoint, callback.saves = None, True
 
     def end(self) -> None:
         """Ends trackers and the process group, as the base class does; the model stays.

@@ -1,5 +1,6 @@
 """What the end of a run doesn't depend on: when it was saved, what was before, in which layout it is kept."""
 
+import inspect
 import json
 
 import pytest
@@ -145,6 +146,17 @@ def test_the_best_model_comes_back_from_an_older_layout(name, tmp_path):
     resumed = make([1.0], model=build(name, seed=1))
     resumed.train(str(tmp_path / "checkpoint-2"))
     assert_same(weights(resumed.model), weights(trainer.model))
+
+
+def test_arguments_are_the_trainers_own_named_and_described():
+    own = inspect.signature(EfxTrainer).parameters
+    assert own == inspect.signature(Trainer).parameters
+    assert all(f"        {name}: " in str(EfxTrainer.__doc__) for name in own)
+
+    class EfxSeq2SeqTrainer(EfxTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    assert inspect.signature(EfxSeq2SeqTrainer) == inspect.signature(Seq2SeqTrainer)
 
 
 def test_the_mixin_must_come_first():
