@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = {"n_layer": 2, "n_embd": 128, "n_head": 8, "vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
     path = options.output or (Path("runs/benchmarks") if options.quick else HERE / "results") / "slice_out.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    groups = {"; ".join(names): names for names in GROUPS}
+    groups: dict[str, Sequence[str]] = {"; ".join(names): names for names in GROUPS}
     bars = next(iter(groups))
     if options.compile:
         names = tuple(COMPILED + name for name in (NONE, *MAIN))
