@@ -187,7 +187,7 @@ def test_a_measurement_is_left_out_of_the_clock(monkeypatch):
         (["--compare", "dropout"], "ResNetForImageClassification has no dropout of its own"),
         (["--align", "8"], "rounds to a width of"),
         (["--targets", "mlp"], "choose no block of ResNetForImageClassification"),
-        (["--final_dense_steps", "6"], "final_dense_steps=6 leaves no sliced step"),
+        (["--final_dense_steps", "6"], "final_dense_steps=6 leave no sliced step"),
         (["--dataset", "./not-there"], "there is no such folder of idx files"),
         (["--resume_from_checkpoint", "true"], "No valid checkpoint found"),
     ],
