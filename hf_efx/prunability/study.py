@@ -218,3 +218,5 @@ def _run(jobs: list[Any], common: tuple[Any, ...], rows: StudyRows, workers: int
         for (name, seed, _), row in finished:
             rows.add((name, seed), row)
             bar.advance(task)
+            if progress and not bar.console.is_terminal:  # where no bar shows
+                bar.console.print(f"{name}, seed {seed}: {len(rows.rows)} networks")

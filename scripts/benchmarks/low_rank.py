@@ -36,6 +36,16 @@ from hf_efx.core.results.evidence import claim, print_results, public_command, w
 HERE = Path(__file__).parent
 LORA_RANK, GALORE_RANK = 16, 128
 DECODED = 48
+COLUMNS = [
+    {"key": "trained_parameters", "title": "trained parameters", "format": ","},
+    {"key": "step_ratio", "title": "step / dense", "format": ".3f"},
+    {"key": "time_floor", "title": "floor", "format": ".3f"},
+    {"key": "over_floor", "title": "step / floor", "format": ".3f"},
+    {"key": "optimiser_seconds", "title": "optimiser (s)", "format": ".3f"},
+    {"key": "gradient_bytes", "title": "gradients (bytes)", "format": ","},
+    {"key": "optimiser_bytes", "title": "optimiser (bytes)", "format": ","},
+    {"key": "decode_tokens_per_second", "title": "decoded tokens/s", "format": ".1f"},
+]
 Row = dict[str, Any]
 
 
@@ -281,16 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=options.seeds,
         rows=rows,
         claims=make_claims(rows),
-        columns=[
-            {"key": "trained_parameters", "title": "trained parameters", "format": ","},
-            {"key": "step_ratio", "title": "step / dense", "format": ".3f"},
-            {"key": "time_floor", "title": "floor", "format": ".3f"},
-            {"key": "over_floor", "title": "step / floor", "format": ".3f"},
-            {"key": "optimiser_seconds", "title": "optimiser (s)", "format": ".3f"},
-            {"key": "gradient_bytes", "title": "gradients (bytes)", "format": ","},
-            {"key": "optimiser_bytes", "title": "optimiser (bytes)", "format": ","},
-            {"key": "decode_tokens_per_second", "title": "decoded tokens/s", "format": ".1f"},
-        ],
+        columns=COLUMNS,
         plot=path.with_suffix(".png").name,
         settings={"model": f"GPT-2, {config.n_layer} x {config.n_embd}", "rounds": options.rounds, "dtype": "float32"},
         notes=notes,

@@ -45,6 +45,16 @@ from selection_runs import (  # noqa: E402  # pyright: ignore[reportMissingImpor
 
 TARGETS = {"mlp": "mlp-512", "cnn": "cnn"}
 SCORING_MODEL = "mlp-64"
+COLUMNS = [
+    {"key": "ms_per_step", "title": "step (ms)", "format": ".1f"},
+    {"key": "step_share", "title": "/ uniform's", "format": ".2f"},
+    {"key": "flops_share", "title": "FLOPs of a step / uniform's", "format": ".2f"},
+    {"key": "steps_to", "title": "steps to uniform's best", "format": ",.0f"},
+    {"key": "steps_to_share", "title": "/ uniform's", "format": ".3f"},
+    {"key": "flops_to_share", "title": "FLOPs there / uniform's", "format": ".3f"},
+    {"key": "ready_share", "title": "seconds there / uniform's", "format": ".3f"},
+    {"key": "paid_share", "title": "table paid", "format": ".3f"},
+]
 Row = dict[str, Any]
 # Each but the first ones is the paper's default with one option changed.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -274,16 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=options.seeds,
         rows=rows,
         claims=claims,
-        columns=[
-            {"key": "ms_per_step", "title": "step (ms)", "format": ".1f"},
-            {"key": "step_share", "title": "/ uniform's", "format": ".2f"},
-            {"key": "flops_share", "title": "FLOPs of a step / uniform's", "format": ".2f"},
-            {"key": "steps_to", "title": "steps to uniform's best", "format": ",.0f"},
-            {"key": "steps_to_share", "title": "/ uniform's", "format": ".3f"},
-            {"key": "flops_to_share", "title": "FLOPs there / uniform's", "format": ".3f"},
-            {"key": "ready_share", "title": "seconds there / uniform's", "format": ".3f"},
-            {"key": "paid_share", "title": "table paid", "format": ".3f"},
-        ],
+        columns=COLUMNS,
         plot=path.with_suffix(".png").name,
         settings={"steps": options.steps, "targets": TARGETS, "irreducible-loss models": IRREDUCIBLE},
         notes=[

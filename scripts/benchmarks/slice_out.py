@@ -64,6 +64,26 @@ GROUPS = (
     (NONE, "slice 0.5, in place", "slice 0.5, circular", "slice 0.5, all starts", "slice 0.5, probabilistic"),
     (NONE, "slice 0.5, head width"),
 )
+COLUMNS = [
+    {"key": "step_seconds", "title": "step (s)", "format": ".2f"},
+    {"key": "step_ratio", "title": "/ none", "format": ".3f"},
+    {"key": "flop_ratio", "title": "FLOPs / none", "format": ".3f"},
+    {"key": "time_floor", "title": "floor", "format": ".3f"},
+    {"key": "over_floor", "title": "step / floor", "format": ".3f"},
+    {"key": "over_dropout", "title": "/ dropout", "format": ".3f"},
+    {"key": "over_fast_dropout", "title": "/ dropout, attention 0", "format": ".3f"},
+    {"key": "saved_ratio", "title": "saved bytes / none", "format": ".3f"},
+    {"key": "over_predicted_bytes", "title": "/ by widths", "format": ".3f"},
+]
+NOTES = [
+    "Dropout is GPT-2's own: .1 on residual branches, embeddings and attention weights.",
+    "Channel dropout drops whole FFN units by a mask, layerdrop whole layers, each at the rate named.",
+    "The bars' variants were measured at every seed, the others at the first.",
+    "Compiled variants are over the compiled model without dropout.",
+    "composer's GyroDropout was not timed: composer 0.32 asks for torch below 2.7.1.",
+    "A step below its floor: the dense model ran slower in that group's rounds than the noise of its floor "
+    "allows; such rows compare within their group alone. Dropout's own time moved most from seed to seed.",
+]
 Row = dict[str, Any]
 Step = Callable[[], None]
 
@@ -233,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = {"n_layer": 2, "n_embd": 128, "n_head": 8, "vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
     path = options.output or (Path("runs/benchmarks") if options.quick else HERE / "results") / "slice_out.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    groups: dict[str, tuple[str, ...]] = {"; ".join(names): names for names in GROUPS}
+    groups: dict[str, Sequence[str]] = {"; ".join(names): names for names in GROUPS}
     bars = next(iter(groups))
     if options.compile:
         names = tuple(COMPILED + name for name in (NONE, *MAIN))
@@ -256,17 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=options.seeds,
         rows=rows,
         claims=claims,
-        columns=[
-            {"key": "step_seconds", "title": "step (s)", "format": ".2f"},
-            {"key": "step_ratio", "title": "/ none", "format": ".3f"},
-            {"key": "flop_ratio", "title": "FLOPs / none", "format": ".3f"},
-            {"key": "time_floor", "title": "floor", "format": ".3f"},
-            {"key": "over_floor", "title": "step / floor", "format": ".3f"},
-            {"key": "over_dropout", "title": "/ dropout", "format": ".3f"},
-            {"key": "over_fast_dropout", "title": "/ dropout, attention 0", "format": ".3f"},
-            {"key": "saved_ratio", "title": "saved bytes / none", "format": ".3f"},
-            {"key": "over_predicted_bytes", "title": "/ by widths", "format": ".3f"},
-        ],
+        columns=COLUMNS,
         plot=path.with_suffix(".png").name,
         settings={
             "model": f"GPT-2, {shape.n_layer} x {shape.n_embd}",
@@ -274,15 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "dtype": "float32",
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
         },
-        notes=[
-            "Dropout is GPT-2's own: .1 on residual branches, embeddings and attention weights.",
-            "Channel dropout drops whole FFN units by a mask, layerdrop whole layers, each at the rate named.",
-            "The bars' variants were measured at every seed, the others at the first.",
-            "Compiled variants are over the compiled model without dropout.",
-            "composer's GyroDropout was not timed: composer 0.32 asks for torch below 2.7.1.",
-            "A step below its floor: the dense model ran slower in that group's rounds than the noise of its floor "
-            "allows; such rows compare within their group alone. Dropout's own time moved most from seed to seed.",
-        ],
+        notes=NOTES,
     )
     print_results(results)
     kept.finish()

@@ -47,6 +47,18 @@ GROUPS = (
     (DENSE, OURS, RENEWED, PLAIN),
     (DENSE, "targeted units", "targeted units, renewed at each step", "random weights", MASKED, PARAMETRIZED),
 )
+COLUMNS = [
+    {"key": "milliseconds", "title": "ms", "format": ",.1f"},
+    {"key": "step_ratio", "title": "/ dense", "format": ".3f"},
+    {"key": "default_ratio", "title": "/ dense, renewed every 50", "format": ".3f"},
+    {"key": "saved_ratio", "title": "saved bytes / dense", "format": ".3f"},
+    {"key": "parameter_ratio", "title": "parameters / dense", "format": ".3f"},
+]
+NOTES = [
+    "A step is forward, backward and AdamW; prune and a sort are one call over all layers.",
+    "The targeted weights' rows were measured at every seed, GPT-2's other rows at the first.",
+    "saved bytes: what autograd keeps for backward, without parameters and buffers.",
+]
 Row = dict[str, Any]
 
 
@@ -325,13 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=options.seeds,
         rows=rows,
         claims=claims,
-        columns=[
-            {"key": "milliseconds", "title": "ms", "format": ",.1f"},
-            {"key": "step_ratio", "title": "/ dense", "format": ".3f"},
-            {"key": "default_ratio", "title": "/ dense, renewed every 50", "format": ".3f"},
-            {"key": "saved_ratio", "title": "saved bytes / dense", "format": ".3f"},
-            {"key": "parameter_ratio", "title": "parameters / dense", "format": ".3f"},
-        ],
+        columns=COLUMNS,
         plot=path.with_suffix(".png").name,
         settings={
             "model": f"GPT-2, {config.n_layer} x {config.n_embd}; MLP: 784-300-100-10, batches of 128",
@@ -340,11 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "dtype": "float32",
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
         },
-        notes=[
-            "A step is forward, backward and AdamW; prune and a sort are one call over all layers.",
-            "The targeted weights' rows were measured at every seed, GPT-2's other rows at the first.",
-            "saved bytes: what autograd keeps for backward, without parameters and buffers.",
-        ],
+        notes=NOTES,
     )
     print_results(results)
     kept.finish()

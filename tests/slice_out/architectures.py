@@ -1,13 +1,17 @@
 """Architectures beyond the matrix, and the dense model with masks that a sliced one must equal."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from matrix import ARCHITECTURES, CLASSES, HEADS, LAYERS, LENGTH, VOCABULARY, WIDTH, Architecture
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_efx.core.model.adapter import efx_record
+from hf_efx.slice_out.apply import SlicedBias
+from hf_efx.slice_out.layers import SlicedMember
 from hf_efx.slice_out.schedule import inclusion_probability
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
@@ -104,6 +108,26 @@ def masked(dense: nn.Module, sliced: nn.Module, prefix: str = "") -> nn.Module:
                 units *= size / kept.width
             _hook(dense.get_submodule(prefix + name), role, units.repeat(blocks), size * blocks)
     return dense
+
+
+def sliced_sides(model: nn.Module) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
+    """Parameters that hold units of a sliced model, the dimension along which they do, and which are kept there."""
+    for module in model.modules():
+        member: Any = module
+        spans = [(getattr(member, role, None), role) for role in ("emits", "reads")]
+        for span, role in spans if isinstance(module, (SlicedMember, SlicedBias)) else ():
+            if span is None:
+                continue
+            kept, blocks = span.current(), getattr(module, "blocks", 1)
+            units = torch.zeros(span.size, dtype=torch.bool)
+            units[(kept.start + torch.arange(kept.width)) % span.size] = True
+            last = isinstance(module, (Conv1D, nn.Embedding)) == (role == "emits")
+            dim = 0 if member.weight.ndim == 1 else int(last)
+            columns = member.weight.shape[dim]
+            inside = units.repeat_interleave(columns // (blocks * span.size)).repeat(blocks)
+            yield member.weight, dim, inside
+            if getattr(member, "bias", None) is not None and (role == "emits" or member.weight.ndim == 1):
+                yield member.bias, 0, inside
 
 
 def _hook(module: nn.Module, role: str, units: torch.Tensor, count: int) -> None:

@@ -1,5 +1,6 @@
 """Sliced products against the 0/1-masked dense ones: values, gradients, work, and what the backward pass keeps."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,6 @@ from hf_efx.slice_out.functional import length, put, refuse_hooks, sliced_conv2d
 from hf_efx.slice_out.schedule import Ranges, Slice
 
 IN, OUT = 24, 36
-BARS = [(torch.float64, 1e-12), (torch.float32, 1e-6)]
 # read ranges, emitted ranges
 LINEAR: dict[str, tuple[Ranges | None, Ranges | None]] = {
     "emits": (None, ((9, 21),)),
@@ -41,11 +41,17 @@ def mask_of(ranges: Ranges | None, size: int, dtype: torch.dtype) -> torch.Tenso
     return mask
 
 
-def assert_equal(mine: torch.Tensor, theirs: torch.Tensor, bar: float) -> None:
-    """Equal to `bar`, of the largest value where that is above 1."""
+def assert_equal(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal to 1e-12 in float64 and 1e-6 in float32, of the largest value where that is above 1."""
     assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
     mine, theirs = mine.detach(), theirs.detach()
+    bar = 1e-12 if mine.dtype == torch.float64 else 1e-6
     assert (mine - theirs).abs().max() <= bar * max(1.0, float(theirs.abs().max()))
+
+
+def assert_zero_outside(grad: torch.Tensor, inside: torch.Tensor) -> None:
+    """Exactly 0 where the mask is, and nowhere else."""
+    assert torch.equal(grad != 0, inside.bool().expand_as(grad))
 
 
 def gradients(y: torch.Tensor, tensors: list[Any]) -> list[torch.Tensor]:
@@ -54,33 +60,35 @@ def gradients(y: torch.Tensor, tensors: list[Any]) -> list[torch.Tensor]:
     return list(torch.autograd.grad(y, present, torch.randn_like(y)))
 
 
+OPTIONS = list(itertools.product((False, True), ("one", "number", "per unit"), (torch.float64, torch.float32)))
+
+
 @pytest.mark.parametrize("case", LINEAR)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("scaling", ["one", "number", "per unit"])
-@pytest.mark.parametrize(("dtype", "bar"), BARS)
-def test_linear_equals_the_masked_dense_one(
-    case: str, transposed: bool, bias: bool, scaling: str, dtype: torch.dtype, bar: float
-) -> None:
+def test_linear_equals_the_masked_dense_one(case: str, transposed: bool) -> None:
     rows, columns = LINEAR[case]
-    weight, b = make_linear(transposed, bias, dtype)
-    scale: Any = {"one": 1.0, "number": 2.0, "per unit": torch.rand(IN, dtype=dtype) + 0.5}[scaling]
-    dense_x = torch.randn(2, 5, IN, dtype=dtype, requires_grad=True)  # what isn't read is there, and must not count
-    x = take(dense_x.detach(), -1, rows or ((0, IN),)).clone().requires_grad_()
+    for bias, scaling, dtype in OPTIONS:
+        weight, b = make_linear(transposed, bias, dtype)
+        scale: Any = {"one": 1.0, "number": 2.0, "per unit": torch.rand(IN, dtype=dtype) + 0.5}[scaling]
+        dense_x = torch.randn(
+            2, 5, IN, dtype=dtype, requires_grad=True
+        )  # what isn't read is there, and must not count
+        x = take(dense_x.detach(), -1, rows or ((0, IN),)).clone().requires_grad_()
 
-    masked = dense_x * mask_of(rows, IN, dtype) * scale
-    expected = take(F.linear(masked, weight.t() if transposed else weight, b), -1, columns or ((0, OUT),))
-    got = sliced_linear(x, weight, b, in_ranges=rows, out_ranges=columns, transposed=transposed, scale=scale)
-    assert got.shape == expected.shape and got.is_contiguous()
-    assert_equal(got, expected, bar)
+        masked = dense_x * mask_of(rows, IN, dtype) * scale
+        expected = take(F.linear(masked, weight.t() if transposed else weight, b), -1, columns or ((0, OUT),))
+        got = sliced_linear(x, weight, b, in_ranges=rows, out_ranges=columns, transposed=transposed, scale=scale)
+        assert got.shape == expected.shape and got.is_contiguous()
+        assert_equal(got, expected)
 
-    grad_x, *want = gradients(expected, [dense_x, weight, b])
-    got_x, *have = gradients(got, [x, weight, b])
-    assert_equal(got_x, take(grad_x, -1, rows or ((0, IN),)), bar)
-    for mine, theirs in zip(have, want, strict=True):
-        assert_equal(mine, theirs, bar)
-        assert torch.equal(mine == 0, theirs == 0)  # exact zeros outside, and only there
-    assert bool((have[0] == 0).any())
+        grad_x, *want = gradients(expected, [dense_x, weight, b])
+        got_x, *have = gradients(got, [x, weight, b])
+        assert_equal(got_x, take(grad_x, -1, rows or ((0, IN),)))
+        for mine, theirs in zip(have, want, strict=True):
+            assert_equal(mine, theirs)
+        inside = torch.outer(mask_of(columns, OUT, dtype), mask_of(rows, IN, dtype))
+        for grad, mask in zip(have, (inside.t() if transposed else inside, inside.any(1)), strict=False):
+            assert_zero_outside(grad, mask)
 
 
 CONVS: dict[str, Callable[[], nn.Conv2d]] = {
@@ -93,31 +101,29 @@ CONVS: dict[str, Callable[[], nn.Conv2d]] = {
 
 
 @pytest.mark.parametrize("case", CONVS)
-@pytest.mark.parametrize(
-    ("rows", "columns"),
-    [(None, ((4, 8),)), (((2, 6),), None), (((0, 2), (6, 8)), ((0, 3), (9, 12)))],
-)
-@pytest.mark.parametrize("scaling", ["number", "per unit"])
-def test_conv2d_equals_the_masked_dense_one(
-    case: str, rows: Ranges | None, columns: Ranges | None, scaling: str
-) -> None:
+def test_conv2d_equals_the_masked_dense_one(case: str) -> None:
     torch.manual_seed(0)
     conv = CONVS[case]().double()
-    scale: Any = 2.0 if scaling == "number" else torch.rand(8, dtype=torch.float64) + 0.5
-    dense_x = torch.randn(3, 8, 6, 7, dtype=torch.float64, requires_grad=True)
-    x = take(dense_x.detach(), 1, rows or ((0, 8),)).clone().requires_grad_()
-    factors = mask_of(rows, 8, torch.float64) * scale
-    expected = take(conv(dense_x * factors[:, None, None]), 1, columns or ((0, 12),))
-    got = sliced_conv2d(conv, x, in_ranges=rows, out_ranges=columns, scale=scale)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    grad_x, *want = gradients(expected, [dense_x, conv.weight, conv.bias])
-    got_x, *have = gradients(got, [x, conv.weight, conv.bias])
-    torch.testing.assert_close(got_x, take(grad_x, 1, rows or ((0, 8),)), rtol=0, atol=1e-12)
-    for mine, theirs in zip(have, want, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
-        assert torch.equal(mine == 0, theirs == 0)
-    one = sliced_conv2d(conv, x[0].detach(), in_ranges=rows, out_ranges=columns, scale=scale)  # without a batch
-    torch.testing.assert_close(one, got[0].detach(), rtol=0, atol=1e-12)
+    parts: list[tuple[Ranges | None, Ranges | None]] = [(None, ((4, 8),)), (((2, 6),), None)]
+    parts.append((((0, 2), (6, 8)), ((0, 3), (9, 12))))
+    for (rows, columns), per_unit in itertools.product(parts, (False, True)):
+        scale: Any = torch.rand(8, dtype=torch.float64) + 0.5 if per_unit else 2.0
+        dense_x = torch.randn(3, 8, 6, 7, dtype=torch.float64, requires_grad=True)
+        x = take(dense_x.detach(), 1, rows or ((0, 8),)).clone().requires_grad_()
+        factors = mask_of(rows, 8, torch.float64) * scale
+        expected = take(conv(dense_x * factors[:, None, None]), 1, columns or ((0, 12),))
+        got = sliced_conv2d(conv, x, in_ranges=rows, out_ranges=columns, scale=scale)
+        assert_equal(got, expected)
+        grad_x, *want = gradients(expected, [dense_x, conv.weight, conv.bias])
+        got_x, *have = gradients(got, [x, conv.weight, conv.bias])
+        assert_equal(got_x, take(grad_x, 1, rows or ((0, 8),)))
+        for mine, theirs in zip(have, want, strict=True):
+            assert_equal(mine, theirs)
+        inside = torch.outer(mask_of(columns, 12, torch.float64), mask_of(rows, 8, torch.float64))
+        for grad, mask in zip(have, (inside[:, :, None, None], inside.any(1)), strict=False):
+            assert_zero_outside(grad, mask)
+        one = sliced_conv2d(conv, x[0].detach(), in_ranges=rows, out_ranges=columns, scale=scale)  # without a batch
+        assert_equal(one, got[0])
 
 
 @pytest.mark.parametrize("case", ["emits", "reads", "fused, wrapped", "many pieces"])
@@ -184,24 +190,26 @@ def test_a_second_backward_pass_through_the_gradient_says_so() -> None:
             grad.sum().backward()
 
 
-def test_bfloat16_autocast_as_the_dense_layers() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_as_the_dense_layers(dtype: torch.dtype) -> None:
     weight, bias = make_linear(False, True, torch.float32)
     conv = nn.Conv2d(8, 12, 3)
     x, image = torch.randn(4, IN, requires_grad=True), torch.randn(2, 8, 5, 5, requires_grad=True)
-    linear_mask, conv_mask = mask_of(((6, 18),), OUT, torch.bfloat16), mask_of(((4, 8),), 12, torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
+    linear_mask, conv_mask = mask_of(((6, 18),), OUT, dtype), mask_of(((4, 8),), 12, dtype)
+    with torch.autocast("cpu", dtype):
         pairs = [
             (sliced_linear(x, weight, bias, out_ranges=((6, 18),)), F.linear(x, weight, bias) * linear_mask, x),
             (sliced_conv2d(conv, image, out_ranges=((4, 8),)), conv(image) * conv_mask[:, None, None], image),
         ]
     parameters = [(weight, bias), (conv.weight, conv.bias)]
     for (mine, theirs, source), (w, b) in zip(pairs, parameters, strict=True):
-        assert mine.dtype == theirs.dtype == torch.bfloat16
+        assert mine.dtype == theirs.dtype == dtype
         got, expected = gradients(mine.float().sum(), [source, w, b]), gradients(theirs.float().sum(), [source, w, b])
         for a, e in zip(got, expected, strict=True):
             assert a.dtype == e.dtype == torch.float32
             torch.testing.assert_close(a, e, rtol=0.02, atol=0.02 * float(e.abs().max()))
-            assert torch.equal(a == 0, e == 0)
+        for grad, (start, stop) in zip(got[1:], [(6, 18)] * 2 if w is weight else [(4, 8)] * 2, strict=True):
+            assert not grad[:start].any() and grad[start:stop].all() and not grad[stop:].any()
 
 
 def test_frozen_weights_get_no_gradient_and_keep_nothing() -> None:
