@@ -18,7 +18,14 @@ say "pytest: what times something or fills memory, by itself"
 "$venv_python" -m pytest -m "alone and not slow" "$@"
 code=$?
 [ "$code" -eq 0 ] || [ "$code" -eq 5 ] || status=$code # 5: the arguments chose none of these
-say "pytest: everything else, a worker a core"
-export OMP_NUM_THREADS=1 # of each worker: two of two threads each take four times as long on two cores
-"$venv_python" -m pytest -m "not slow and not alone" -n auto --maxprocesses 8 --dist loadfile "$@" || status=$?
+export OMP_NUM_THREADS=1                               # of each worker: two of two threads each take four times as long
+workers=(-n auto --maxprocesses 8 --dist loadfile)
+if [ "$#" -eq 0 ]; then
+    say "pytest: a part in another order, on older instructions"
+    ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 "$venv_python" -m pytest -q -m "not slow and not alone" \
+        "${workers[@]}" -p randomly --randomly-seed=7 tests/*/test_layers.py tests/*/test_functional.py \
+        tests/core/training/test_step_context.py || status=$?
+fi
+say "pytest: everything, a worker a core"
+"$venv_python" -m pytest -m "not slow and not alone" "${workers[@]}" "$@" || status=$?
 exit "$status"
