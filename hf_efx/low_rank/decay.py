@@ -16,11 +16,6 @@ from hf_efx.low_rank.arguments import FACTOR_DECAYS
 from hf_efx.low_rank.layers import FactorisedLayer
 
 
-def squared_frobenius_norm(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """‖UVᵀ‖²_F = ⟨UᵀU, VᵀV⟩ for U [m, r], V [n, r], in O((m + n) r²)."""
-    return ((u.mT @ u) * (v.mT @ v)).sum()
-
-
 def frobenius_decay_gradients(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of ½ ‖UVᵀ‖²_F: U (VᵀV) and V (UᵀU), of the shapes of U [m, r] and V [n, r]."""
     return u @ (v.mT @ v), v @ (u.mT @ u)

@@ -10,11 +10,16 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_efx import FactorDecayCallback, LowRankArguments, LowRankConfig, LowRankTrainer, get_efx_model
 from hf_efx.core.model.weight_view import WeightView
-from hf_efx.low_rank.decay import decay_gradients, frobenius_decay_gradients, squared_frobenius_norm
+from hf_efx.low_rank.decay import decay_gradients, frobenius_decay_gradients
 from hf_efx.low_rank.initialisation import spectral_factors
 from hf_efx.low_rank.layers import factorise
 
 RATE, STRENGTH = 0.1, 0.5
+
+
+def squared_frobenius_norm(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What the decay is half of, from the factors alone: ⟨UᵀU, VᵀV⟩."""
+    return ((u.mT @ u) * (v.mT @ v)).sum()
 
 
 def factors(m: int, n: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
