@@ -153,13 +153,17 @@ def _plan(argv: Sequence[str]) -> int:
     from hf_efx.programs.command_line import OptionParser
     from hf_efx.programs.model_options import ModelOptions
 
-    logging.getLogger("hf_efx.low_rank").setLevel(logging.ERROR)  # the table says which layers stay dense
     parser = OptionParser((ModelOptions, PlanOptions), _load(method.config), "hf-efx plan", "What a config would do.")
     model_options, options, config = parser.read(argv)
+    messages = logging.getLogger("hf_efx.low_rank")
+    level = messages.level
+    messages.setLevel(logging.ERROR)  # the table says which layers stay dense
     try:
         _show_plan(_skeleton(model_options, options.weights), config)
     except (ValueError, OSError) as error:
         parser.error(f"{error} Pass --weights to load them." if "meta device" in str(error) else str(error))
+    finally:
+        messages.setLevel(level)
     return 0
 
 
