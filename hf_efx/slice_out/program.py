@@ -150,7 +150,8 @@ def _train(
         model = task.model_init(args.seed, TaskModelOptions(model_name_or_path=str(folder)))
         return _trainer(model, task, args, clock), done
     model = get_efx_model(_dense_model(task, model_options, args.seed), config)
-    trainer = _trainer(model, task, args, clock, SliceOutCallback(measure_time=True, clock=clock))
+    measurable = not (args.fsdp or args.deepspeed or args.torch_compile)
+    trainer = _trainer(model, task, args, clock, SliceOutCallback(measure_time=measurable, clock=clock))
     return trainer, train_run("slice_out", trainer, task, settings, resume, save=True, figures=_saved)
 
 
