@@ -75,7 +75,8 @@ def _program(
     def sliced(args: Any) -> EfxTrainer:
         clock = TrainingClock()
         model = get_efx_model(unload(job.model()), config)  # slices that a checkpoint was trained with give way
-        callbacks = [SliceOutCallback(measure_time=True, clock=clock), clock]
+        measurable = not (args.fsdp or args.deepspeed or args.torch_compile)
+        callbacks = [SliceOutCallback(measure_time=measurable, clock=clock), clock]
         return task_trainer(job.task, EfxTrainer, model, args, callbacks)
 
     def beside(name: str) -> PlannedRun:
