@@ -1,7 +1,7 @@
 """The main job: a small GPT-2 trained from scratch on real English, dense and in low-rank form, side by side.
 
     bash scripts/quickstart.sh                            # installs first, then runs this
-    python scripts/quickstart.py                          # about 2 minutes on two CPU cores
+    python scripts/quickstart.py                          # 2 to 4 minutes on two CPU cores
     python scripts/quickstart.py --dataset my_text.txt    # any text: a file, a folder, a data set on the Hub
     python scripts/quickstart.py --seconds 120            # longer runs, better models
 

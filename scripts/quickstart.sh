@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs into .venv, then trains a small GPT-2 dense and in low-rank form: about 3 minutes on two cores after the install.
+# Installs into .venv, then trains a small GPT-2 dense and in low-rank form: 2 to 4 minutes on two cores after the install.
 #
 #     bash scripts/quickstart.sh                 # options are those of scripts/quickstart.py, such as --dataset my_text.txt
 #
