@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -20,6 +21,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from hf_efx.rho_loss.arguments import RHOLossArgumentsMixin
+from hf_efx.rho_loss.irreducible import compute_irreducible_losses
 from hf_efx.rho_loss.trainer import RHOLossMixin, RHOLossTrainer
 from rho_loss.runs import assert_same, logs, weights
 from rho_loss.texts import TokenRecorder, gpt2, table, text_trainer, texts, tokenizer
@@ -120,6 +122,40 @@ def test_token_selection_trains_on_the_mean_over_the_chosen(tmp_path: Path) -> N
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert logs(run, "loss") == pytest.approx([expected.item()], rel=1e-4)
     assert 0 < logs(run, "rho_loss/drawn_right_share")[0] < 1
+
+
+@pytest.mark.parametrize("granularity", ["example", "token"])
+def test_smoothing_accumulation_and_padding_together(granularity: str, tmp_path: Path) -> None:
+    """The step is the gradient of the smoothed mean over all targets of all micro-batches."""
+    options = {"granularity": granularity, "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 3}
+    sgd = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    run = text_trainer(tmp_path, cls=TokenTrainer, selection="loss", **options, **sgd, max_steps=1)
+    model = gpt2()
+    run.train()
+    total, count = torch.zeros(()), 0
+    for batch in run.batches:
+        labels = batch.pop("labels")[:, 1:].flatten()
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        total = total + F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="sum")
+        count += int((labels != -100).sum())
+    assert len(run.batches) == 3
+    (total / count).backward()
+    trained = dict(run.model.named_parameters())
+    for name, start in gpt2().named_parameters():
+        torch.testing.assert_close(start - trained[name], model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+def test_flattened_batches_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Several examples in one row have one id and one score: refused by example, by token and in a table."""
+    for granularity in ("example", "token"):
+        options = {"granularity": granularity, "selection": "loss", "max_steps": 1}
+        run = text_trainer(tmp_path, cls=TokenTrainer, **options)
+        run.data_collator = DataCollatorWithFlattening()
+        with pytest.raises(ValueError, match="rows hold several examples each"):
+            run.train()
+        assert run.state.global_step == 0 and run.ids == {}
+        with pytest.raises(ValueError, match="rows hold several examples each"):
+            compute_irreducible_losses(gpt2(), texts(), data_collator=run.data_collator, granularity=granularity)
 
 
 def test_random_tokens(tmp_path: Path) -> None:

@@ -124,8 +124,12 @@ def test_plain_transformers_loads_what_was_targeted_pruned_and_shrunk(
 def test_it_generates_and_trains_on() -> None:
     model = build("llama")
     prune(model, 0.5, "unit")
-    expected = model.generate(torch.tensor([[5, 6]]), max_new_tokens=6, do_sample=False)
-    assert torch.equal(shrink(model).generate(torch.tensor([[5, 6]]), max_new_tokens=6, do_sample=False), expected)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(torch.tensor([[5, 6]]), **options)
+    shrink(model)
+    assert model.config.num_attention_heads > model.config.num_key_value_heads > 0
+    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(torch.tensor([[5, 6]]), **options, **cache), expected)
     model.train()(**BY_NAME["llama"].batch()).loss.backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
 

@@ -106,4 +106,9 @@ def check_checkpoint(record: dict[str, Any], files: list[str] | None) -> None:
                     f"config.json and the weight files don't belong together, or a shard is missing."
                 )
             if present[key] != shape:
-                raise ValueError(f"The factor {key!r} has shape {present[key]}, config.efx promises {shape}.")
+                raise ValueError(
+                    f"The factor {key!r} has shape {present[key]}, config.efx promises {shape}: config.json and the "
+                    f"weight files don't belong together. If a dense model was built from a factorised one's config, "
+                    f"take efx and quantization_config out of its config.json; hf_efx.unload(model) before it is "
+                    f"saved does that."
+                )
