@@ -136,12 +136,16 @@ def check_scored_loss(trainer: Any, inputs: dict[str, Any], task: Task, label_sm
     with scoring_state(model, "eval"):
         scored = Scorer(("loss", "count"), task=task, label_smoothing=label_smoothing)(model, inputs)
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=_items(trainer, scored["count"]))
+            processes = _loss_scale(trainer)
+            items = scored["count"].sum() * processes if processes else None  # were all batches as this one
+            loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
     trained = float(loss.detach().float().mean())
     counts = scored["count"] if task in ("causal", "seq2seq", "masked", "token_classification") else None
     counts = torch.ones_like(scored["loss"]) if counts is None else counts
     mean = float((scored["loss"].double() * counts).sum() / counts.sum().clamp(min=1))
-    if math.isfinite(trained) and abs(trained - mean) > 0.01 * max(abs(trained), abs(mean), 1e-3):
+    # The Trainer multiplies a loss that may divide by the items; one that doesn't, such as BERT's, stays multiplied.
+    expected = {mean, mean * (processes or 1)}
+    if math.isfinite(trained) and all(abs(trained - m) > 0.01 * max(abs(trained), abs(m), 1e-3) for m in expected):
         source = _loss_of_its_own(trainer) or "the model"
         raise ValueError(
             f"{source} trains on a loss of {trained:.4g} where examples are scored by one of {mean:.4g} ({task}). Set "
@@ -150,12 +154,14 @@ def check_scored_loss(trainer: Any, inputs: dict[str, Any], task: Task, label_sm
         )
 
 
-def _items(trainer: Any, counts: torch.Tensor) -> torch.Tensor | None:
-    """What the Trainer hands its loss as `num_items_in_batch`, were all processes' batches as this one."""
+def _loss_scale(trainer: Any) -> int:
+    """By what the Trainer multiplies a loss that it hands `num_items_in_batch`; 0 if it hands it none."""
     if not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None:
-        return None
-    others = max(trainer.accelerator.num_processes // trainer.get_tp_size(), trainer.args.n_gpu)
-    return counts.sum() * (others if trainer.args.average_tokens_across_devices else 1)
+        return 0
+    if not trainer.args.average_tokens_across_devices:
+        return 1
+    processes = trainer.accelerator.num_processes // trainer.get_tp_size()
+    return processes if trainer.args.n_gpu <= 1 else trainer.args.n_gpu
 
 
 def check_columns(data: Any, columns: Sequence[str]) -> IdIndex | None:

@@ -318,7 +318,7 @@ def resolve_precision(options: Any) -> Precision | None:
 def _padding(trainer: Any) -> dict[str, float]:
     """What fills the columns of rows of unequal width, which come together from several draws."""
     config = getattr(base_model(trainer.model), "config", None)
-    sources = (trainer.processing_class, getattr(trainer.processing_class, "tokenizer", None), config)
+    sources: tuple[Any, ...] = (trainer.processing_class, getattr(trainer.processing_class, "tokenizer", None), config)
     token = next((s.pad_token_id for s in sources if getattr(s, "pad_token_id", None) is not None), 0)
     return {"input_ids": token, "decoder_input_ids": token, "decoder_attention_mask": 0, "position_ids": 0}
 
