@@ -305,21 +305,14 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch
 
 # --- the Hub
 
-PUSH = """
+PUSH_AND_PULL = """
     import json, sys
     from hf_efx.goldiprox.sequence import SelectionSequence
 
     sequence = SelectionSequence.load_from_disk(sys.argv[1])
     first = sequence.push_to_hub("tester/sequence").oid
     sequence.shuffled(0).push_to_hub("tester/sequence")
-    print(json.dumps([first]))
-"""
-
-PULL = """
-    import json, sys
-    from hf_efx.goldiprox.sequence import SelectionSequence
-
-    sequence = SelectionSequence.from_hub("tester/sequence", revision=sys.argv[1])
+    sequence = SelectionSequence.from_hub("tester/sequence", revision=first)
     newest = SelectionSequence.from_hub("tester/sequence")
     found = {"settings": sequence.settings, "rows": sequence.dataset.to_dict()}
     found["mapped"] = bool(sequence.dataset.cache_files)
@@ -329,7 +322,7 @@ PULL = """
     except FileNotFoundError as error:
         found["error"] = str(error)
     from datasets import load_dataset
-    found["viewer"] = load_dataset("tester/sequence", revision=sys.argv[1], split="train").to_dict() == found["rows"]
+    found["viewer"] = load_dataset("tester/sequence", revision=first, split="train").to_dict() == found["rows"]
     print("FOUND", json.dumps(found))
 """
 
@@ -337,9 +330,8 @@ PULL = """
 def test_pushed_and_pulled_it_is_identical(hub: Any, run_python: Callable[..., str], tmp_path: Path) -> None:
     saved = sequence()
     folder = saved.save_to_disk(tmp_path / "mine")
-    (first,) = json.loads(run_python(PUSH, env=hub.env, args=[folder]).splitlines()[-1])
     env = {**hub.env, "HF_HOME": str(tmp_path / "home")}
-    found = json.loads(run_python(PULL, env=env, args=[first]).partition("FOUND ")[2])
+    found = json.loads(run_python(PUSH_AND_PULL, env=env, args=[folder]).partition("FOUND ")[2])
     assert found["settings"] == saved.settings
     assert found["rows"] == saved.dataset.to_dict()
     assert found["mapped"] and found["viewer"]

@@ -85,8 +85,8 @@ def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 )
 def test_replay_of_its_own_trace_gives_the_same_weights(options: dict[str, Any], tmp_path: Path) -> None:
     live = watched(tmp_path / "live", **options)
-    trace = live.select(STEPS)
-    assert len(trace) == live.state.global_step == STEPS
+    trace = live.select(4)  # into a second epoch
+    assert len(trace) == live.state.global_step == 4
     assert flat([row["example_ids"] for row in trace.dataset]) == flat(live.seen)
     split = {name: options[name] for name in ("optim", "lr_scheduler_type") if name in options}
     split["gradient_accumulation_steps"] = options.get("gradient_accumulation_steps", 1)
@@ -103,15 +103,15 @@ def test_replay_of_its_own_trace_gives_the_same_weights(options: dict[str, Any],
 def test_steps_that_end_an_epoch_short_are_the_same_up_to_rounding(tmp_path: Path) -> None:
     live = watched(tmp_path / "live", gradient_accumulation_steps=2, optim="sgd")
     live.compute_loss_func = mean_over_the_step
-    trace = live.select(STEPS)
-    assert [len(ids) for ids in trace.dataset["example_ids"]] == [8, 4, 8, 4, 8, 4, 8]
+    trace = live.select(3)
+    assert [len(ids) for ids in trace.dataset["example_ids"]] == [8, 4, 8]
     again = replay(
         tmp_path / "again", trace, per_device_train_batch_size=4, gradient_accumulation_steps=2, optim="sgd"
     )
     again.compute_loss_func = mean_over_the_step
     again.train()
-    assert [len(batch) for batch in live.seen] == [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4]
-    assert [len(batch) for batch in again.seen] == [4, 4, 2, 2, 4, 4, 2, 2, 4, 4, 2, 2, 4, 4]
+    assert [len(batch) for batch in live.seen] == [4, 4, 4, 4, 4]
+    assert [len(batch) for batch in again.seen] == [4, 4, 2, 2, 4, 4]
     assert flat(again.seen) == flat(live.seen)
     for name, value in weights(live).items():
         torch.testing.assert_close(weights(again)[name], value, rtol=1e-5, atol=1e-6)
@@ -128,7 +128,7 @@ def test_replay_of_ragged_text_gives_the_same_weights(tmp_path: Path) -> None:
     nets[1].load_state_dict(nets[0].state_dict())
     live = proxy(tmp_path / "live", nets[0], rows, selection="loss", gradient_accumulation_steps=3)
     live.data_collator = pad
-    trace = live.select(STEPS)
+    trace = live.select(2)
     split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
     again = ReplayTrainer(nets[1], arguments(tmp_path / "again", **split), pad, rows, sequence=trace)
     again.train()
@@ -138,10 +138,10 @@ def test_replay_of_ragged_text_gives_the_same_weights(tmp_path: Path) -> None:
 
 def test_selecting_changes_nothing_in_the_training(tmp_path: Path) -> None:
     live = proxy(tmp_path / "live", model(dropout=0.1))
-    live.select(STEPS)
+    live.select(4)
     plain = RHOLossTrainer(
         model(dropout=0.1),
-        proxy(tmp_path / "plain", max_steps=STEPS).args,
+        proxy(tmp_path / "plain", max_steps=4).args,
         train_dataset=data(),
         irreducible_losses=irreducible_losses(),
     )
@@ -202,6 +202,8 @@ def test_killed_and_resumed_it_selects_the_same(step: int, options: dict[str, An
     assert found.settings == expected.settings
     assert found.dataset.to_dict() == expected.dataset.to_dict()
     assert_equal_weights(resumed, whole)
+    if options.keys() > {"save_strategy", "save_steps"}:
+        return
     # Going on from the end, for no step and for more.
     checkpoint = str(tmp_path / "killed" / "checkpoint-6")
     assert proxy(tmp_path / "killed", model(), **options).select(6, checkpoint).dataset.to_dict() == {

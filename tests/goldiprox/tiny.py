@@ -1,5 +1,6 @@
 """A tiny classification task and sequences over it, for the tests of this folder and their second process."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ COLUMNS = ["input_ids", "labels"]
 STEPS = 6
 
 
+@functools.cache
 def data(seed: int | None = 1) -> Dataset:
     """Rows whose ids have gaps and whose first two tokens tell the id; in no order, or with None in the ids' own."""
     batch = BERT.batch(ROWS)
@@ -38,12 +40,13 @@ def ids_of(inputs: dict[str, torch.Tensor]) -> list[int]:
     return (3 * (8 * (tokens[:, 0] - 10) + tokens[:, 1] - 10) + 5).tolist()
 
 
-def irreducible_losses(rows: Dataset | None = None) -> Dataset:
+@functools.cache
+def irreducible_losses() -> Dataset:
     """A made-up table for the data set."""
     losses = np.random.default_rng(2).random(ROWS).astype(np.float32)
     settings = {
         "kind": "irreducible_losses",
-        "data_fingerprint": data_fingerprint(data() if rows is None else rows, COLUMNS),
+        "data_fingerprint": data_fingerprint(data(), COLUMNS),
         "fingerprint_columns": COLUMNS,
         "rows": ROWS,
         "model_name": "made-up",
@@ -74,14 +77,10 @@ def draw(steps: int = STEPS, size: int = 8, last: int | None = None, seed: int =
     return [(3 * generator.permutation(ROWS)[:n] + 5).tolist() for n in sizes]
 
 
-def sequence(ids: list[list[int]], rows: Dataset | None = None) -> SelectionSequence:
+def sequence(ids: list[list[int]]) -> SelectionSequence:
     arrays = [np.array(each) for each in ids]
     table = Dataset(steps_table(0, arrays, [each / 10 for each in arrays]))
-    known = {
-        "fingerprint": data_fingerprint(data() if rows is None else rows, COLUMNS),
-        "columns": COLUMNS,
-        "rows": 48,
-    }
+    known = {"fingerprint": data_fingerprint(data(), COLUMNS), "columns": COLUMNS, "rows": 48}
     return SelectionSequence.make(table, known)
 
 

@@ -42,6 +42,7 @@ class Plain(Net):
         self.layers[1] = nn.Identity()
 
 
+@functools.cache
 def data(rows: int = ROWS) -> Dataset:
     """Rows of 4 numbers, the first of which is the id; the ids aren't positions."""
     draw = np.random.default_rng(0)
@@ -59,8 +60,7 @@ def table(dataset: Dataset) -> Dataset:
     return compute_irreducible_losses(Plain(seed=9), dataset, task="classification", fingerprint_columns=["x"])
 
 
-standard_data = functools.cache(data)
-standard_table = functools.cache(lambda: table(standard_data()))
+standard_table = functools.cache(lambda: table(data()))
 
 
 def with_losses(table: Dataset, losses: Sequence[float]) -> Dataset:
@@ -105,9 +105,9 @@ def trainer(folder: Path, model: Any = None, cls: Any = RecordingTrainer, **opti
     """A run on `data`, with the table where `table` says so."""
     names = ("train_dataset", "eval_dataset", "irreducible_losses", "scoring_model")
     kwargs = {name: options.pop(name) for name in names if name in options}
-    kwargs.setdefault("train_dataset", standard_data())
+    kwargs.setdefault("train_dataset", data())
     if options.get("selection", "rho_loss") == "rho_loss" and "irreducible_losses" not in kwargs:
-        standard = kwargs["train_dataset"] is standard_data()
+        standard = kwargs["train_dataset"] is data()
         kwargs["irreducible_losses"] = standard_table() if standard else table(kwargs["train_dataset"])
     return cls(Net() if model is None else model, arguments(folder, **options), **kwargs)
 

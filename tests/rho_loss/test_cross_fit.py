@@ -70,10 +70,16 @@ def cross_fit_table(folder: Path, model_init: Any = Linear, dataset: Dataset | N
     return cross_fit_irreducible_losses(model_init, dataset, folds, args=args, task="classification", **options)
 
 
-@pytest.mark.parametrize("folds", [2, 3])
-def test_every_example_is_scored_by_a_model_that_never_saw_it(tmp_path, folds, monkeypatch):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The rows of a cross-fit without a break."""
+    return cross_fit_table(tmp_path_factory.mktemp("whole"))[:]
+
+
+def test_every_example_is_scored_by_a_model_that_never_saw_it(tmp_path, monkeypatch):
     """By the id, too: the losses say which example they are of. (The paper's code writes them by position.)"""
     monkeypatch.setattr(cross_fit, "_MERGED_AT_ONCE", 7)
+    folds = 3
     table = cross_fit_table(tmp_path, Recorder, folds=folds, training={"num_train_epochs": 1})
     ids = sorted(examples()["example_id"][:])
     assert table["example_id"][:] == ids
@@ -154,7 +160,7 @@ class Steps(TrainerCallback):
         self.steps.append(state.global_step)
 
 
-def test_an_interrupted_cross_fit_goes_on_inside_its_fold(tmp_path):
+def test_an_interrupted_cross_fit_goes_on_inside_its_fold(whole, tmp_path):
     """Stopped in the second fold's third epoch: the first fold isn't trained again, nor are two of the epochs."""
     with pytest.raises(KeyboardInterrupt):
         cross_fit_table(tmp_path, output_dir=tmp_path / "t", callbacks=[Stop(2, 20)])
@@ -168,7 +174,7 @@ def test_an_interrupted_cross_fit_goes_on_inside_its_fold(tmp_path):
     steps = Steps()
     resumed = cross_fit_table(tmp_path, output_dir=tmp_path / "t", callbacks=[steps])
     assert steps.steps == list(range(17, 25))  # 8 steps an epoch
-    assert resumed[:] == cross_fit_table(tmp_path)[:]  # to the bit
+    assert resumed[:] == whole  # to the bit
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
     steps.steps.clear()
@@ -176,7 +182,7 @@ def test_an_interrupted_cross_fit_goes_on_inside_its_fold(tmp_path):
     assert not steps.steps  # it was there
 
 
-def test_a_trained_fold_is_scored_without_training_again(tmp_path, monkeypatch):
+def test_a_trained_fold_is_scored_without_training_again(whole, tmp_path, monkeypatch):
     compute = cross_fit.compute_irreducible_losses
     monkeypatch.setattr(cross_fit, "compute_irreducible_losses", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -185,7 +191,7 @@ def test_a_trained_fold_is_scored_without_training_again(tmp_path, monkeypatch):
     steps = Steps()
     resumed = cross_fit_table(tmp_path, output_dir=tmp_path / "t", callbacks=[steps])
     assert steps.steps == list(range(1, 25))  # the second fold alone
-    assert resumed[:] == cross_fit_table(tmp_path)[:]
+    assert resumed[:] == whole
 
 
 class Weights(TrainerCallback):

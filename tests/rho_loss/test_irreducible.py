@@ -1,10 +1,6 @@
 """Computing irreducible losses, resuming, looking them up, and refusing tables of something else."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -201,42 +197,6 @@ def test_a_killed_table_goes_on_where_it_stopped(tmp_path, scored, run_python):
     resumed = compute(output_dir=tmp_path / "t")
     assert scored == sorted(examples()["example_id"][:])[20:]
     assert resumed[:] == compute()[:]
-
-
-SHARED = """
-    import sys
-    sys.path.insert(0, sys.argv[1])
-    import torch
-    import rho_loss.test_irreducible as tests
-    from hf_efx.rho_loss import shards
-
-    rank = int(sys.argv[3])
-    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}.store", rank=rank, world_size=2)
-    finish, count = shards._losses, 0
-
-    def record(scores, ids):
-        global count
-        count += len(ids)
-        return finish(scores, ids)
-
-    shards._losses = record
-    try:
-        tests.compute()
-    except ValueError as error:
-        assert "several processes need one" in str(error)
-    print(len(tests.compute(output_dir=sys.argv[2])), count)
-    torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_share_the_work(tmp_path):
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(SHARED), root / "tests", tmp_path / "t"]
-    workers = [subprocess.Popen([*command, str(rank)], env=env, stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
-    said = [worker.communicate(timeout=240)[0].splitlines()[-1] for worker in workers]
-    assert said == ["50 30", "50 20"]  # five shards of 10 rows
-    assert load_irreducible_losses(tmp_path / "t")[:] == compute()[:]
 
 
 def test_a_loss_that_is_not_finite_names_the_example():

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from hf_efx.rho_loss.exchange import union_order
-from hf_efx.rho_loss.irreducible_table import save_irreducible_losses
+from hf_efx.rho_loss.irreducible_table import load_irreducible_losses, save_irreducible_losses
 from rho_loss.runs import logs, standard_table
-from rho_loss.texts import table, text_trainer, texts
+from rho_loss.test_irreducible import compute
+from rho_loss.texts import table, text_trainer
 from rho_loss.two_processes import KINDS, STEPS, TEXT, make, vector
 
 HERE = Path(__file__).parent
@@ -22,12 +23,16 @@ GLOBAL = [kind for kind in KINDS if kind.startswith("global")]
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
     """The results of each process."""
-    folder = tmp_path_factory.mktemp("two")
     save_irreducible_losses(standard_table(), folder / "table")
     for side in ("left", "right"):
-        save_irreducible_losses(table(texts(), side=side), folder / f"{side}-table")
+        save_irreducible_losses(table(side=side), folder / f"{side}-table")
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     command = [sys.executable, *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
     path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])
@@ -101,6 +106,13 @@ def test_resume_in_the_middle_of_a_cycle(both: list[dict[str, Any]]) -> None:
         whole = result["global, cycle"]
         assert result["resumed"]["ids"] == whole["ids"][3:]
         assert result["resumed"]["weights"] == whole["weights"]
+
+
+def test_both_share_the_work_of_a_table(both: list[dict[str, Any]], folder: Path) -> None:
+    found = [result["shared table"] for result in both]
+    assert [(each["rows"], each["scored"]) for each in found] == [(50, 30), (50, 20)]  # five shards of 10 rows
+    assert all("several processes need one" in each["refusal"] for each in found)
+    assert load_irreducible_losses(folder / "shared")[:] == compute()[:]
 
 
 def test_the_report_is_of_both(both: list[dict[str, Any]], tmp_path: Path) -> None:

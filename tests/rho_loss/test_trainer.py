@@ -23,6 +23,7 @@ from rho_loss.runs import (
     assert_same,
     data,
     logs,
+    standard_table,
     table,
     trainer,
     weights,
@@ -89,7 +90,7 @@ def test_the_rows_of_the_highest_reducible_loss_are_chosen(tmp_path: Path) -> No
     """One draw is the whole data set: what must be chosen doesn't depend on the sampler."""
     model = Plain()
     losses = losses_of(model, data())
-    irreducible = IrreducibleLosses(table(data()))
+    irreducible = IrreducibleLosses(standard_table())
     run = trainer(tmp_path, model, per_device_train_batch_size=ROWS // 4, max_steps=1)
     run.train()
     reducible = {i: loss - irreducible.lookup([i]).item() for i, loss in losses.items()}
@@ -101,7 +102,7 @@ def test_the_rows_of_the_highest_reducible_loss_are_chosen(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("selection", sorted(set(SELECTION_FUNCTIONS)))
 def test_every_selection_function_trains(tmp_path: Path, selection: str) -> None:
-    run = trainer(tmp_path, selection=selection, irreducible_losses=table(data()), max_steps=3, mc_samples=3)
+    run = trainer(tmp_path, selection=selection, irreducible_losses=standard_table(), max_steps=3, mc_samples=3)
     before = weights(run)
     run.train()
     assert [len(ids) for ids in run.ids.values()] == [4, 4, 4]
@@ -109,7 +110,7 @@ def test_every_selection_function_trains(tmp_path: Path, selection: str) -> None
 
 
 def test_permuted_irreducible_losses_change_the_choice(tmp_path: Path) -> None:
-    right = table(data())
+    right = standard_table()
     order = np.random.default_rng(1).permutation(ROWS)
     permuted = with_losses(right, np.asarray(right["irreducible_loss"])[order] * 5)
     runs = [trainer(tmp_path, irreducible_losses=losses, max_steps=1) for losses in (right, permuted)]

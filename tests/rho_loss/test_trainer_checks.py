@@ -88,7 +88,7 @@ def test_another_granularity_tokenizer_or_smoothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="made with label_smoothing=0.0, but here it is 0.1"):
         text_trainer(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="made with granularity='example', but here it is 'token'"):
-        text_trainer(tmp_path, granularity="token", irreducible_losses=table(texts()))
+        text_trainer(tmp_path, granularity="token", irreducible_losses=table())
     run = text_trainer(tmp_path)
     other = tokenizer()
     other.add_tokens(["more"])

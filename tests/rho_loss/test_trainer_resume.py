@@ -21,9 +21,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(folder: Path, kind: str, seed: int = 0) -> Any:
-    options = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "corrupted_column": "wrong"}
-    options |= KINDS[kind]
+def make(folder: Path, kind: str, seed: int = 0, **options: Any) -> Any:
+    options = {"max_steps": STEPS, "corrupted_column": "wrong", **KINDS[kind], **options}
     if options.get("train_scoring_model"):
         options["scoring_model"] = Net(seed=4 + seed)
     return trainer(folder, Net(seed), **options)
@@ -31,17 +30,16 @@ def make(folder: Path, kind: str, seed: int = 0) -> Any:
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    run = make(tmp_path_factory.mktemp("whole"), request.param)
+    run = make(tmp_path_factory.mktemp("whole"), request.param, save_strategy="steps", save_steps=1)
     run.train()
     return request.param, run
 
 
 def test_it_resumes_bit_for_bit(whole: tuple[str, Any], tmp_path: Path) -> None:
     kind, run = whole
-    for step in (1, 2, 4, 7, 8, 10):  # 8 ends the epoch
-        shutil.copytree(Path(run.args.output_dir, f"checkpoint-{step}"), tmp_path / f"checkpoint-{step}")
+    for step in (1, 7, 8, 10):  # 8 ends the epoch
         resumed = make(tmp_path, kind, seed=1)  # other weights, which the checkpoint's replace
-        resumed.train(str(tmp_path / f"checkpoint-{step}"))
+        resumed.train(str(Path(run.args.output_dir, f"checkpoint-{step}")))
         assert resumed.ids == {s: ids for s, ids in run.ids.items() if s >= step}
         assert all(torch.equal(resumed.scores[s], run.scores[s]) for s in resumed.scores)
         assert_same(weights(resumed), weights(run))
@@ -50,8 +48,6 @@ def test_it_resumes_bit_for_bit(whole: tuple[str, Any], tmp_path: Path) -> None:
         one, other = (json.loads(Path(r.args.output_dir, "selection_report.json").read_text()) for r in (run, resumed))
         timed = ("loading_seconds", "scoring_seconds", "scoring_time_share", "sums")
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
-        shutil.rmtree(tmp_path)
-        tmp_path.mkdir()
 
 
 def test_what_is_pending_stands_in_the_checkpoint(whole: tuple[str, Any]) -> None:

@@ -91,7 +91,7 @@ def test_ratio_1_of_a_language_model_is_the_plain_trainer(tmp_path: Path) -> Non
 def test_the_best_tokens_are_trained_on(side: str, tmp_path: Path) -> None:
     """Over the step's two micro-batches together, by loss less irreducible loss, computed row by row."""
     model, data = gpt2(), {row["example_id"]: row for row in texts()}
-    losses = table(texts(), "token", side)
+    losses = table("token", side)
     irreducible = {row["example_id"]: row["irreducible_loss"] for row in losses}
     scores = {}
     for i, row in data.items():

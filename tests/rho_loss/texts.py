@@ -1,5 +1,6 @@
 """Tiny language models and ragged data for the tests of RHOLossTrainer."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Collator(DataCollatorForSeq2Seq):
         return batch
 
 
+@functools.cache
 def texts(rows: int = ROWS) -> Dataset:
     """Rows of 2 to 10 tokens. Some labels are left out, the first always: padding on the left would predict it."""
     draw = np.random.default_rng(0)
@@ -53,11 +55,12 @@ def texts(rows: int = ROWS) -> Dataset:
     return Dataset.from_dict({**columns, "example_id": draw.permutation(rows) + 100})
 
 
-def table(dataset: Dataset, granularity: Any = "example", side: str = "right") -> Dataset:
-    """Irreducible losses of another model."""
+@functools.cache
+def table(granularity: Any = "example", side: str = "right") -> Dataset:
+    """Irreducible losses of `texts`, of another model."""
     words = tokenizer(side)
     return compute_irreducible_losses(
-        gpt2(seed=5), dataset, data_collator=Collator(words), processing_class=words,
+        gpt2(seed=5), texts(), data_collator=Collator(words), processing_class=words,
         granularity=granularity,
     )  # fmt: skip
 
@@ -70,7 +73,7 @@ def text_trainer(
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.02, "logging_steps": 1}
     fixed = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "selection_ratio": 0.5}
     losses = options.pop("irreducible_losses", None)
-    losses = table(texts(), granularity, side) if losses is None else losses
+    losses = table(granularity, side) if losses is None else losses
     kwargs = {"processing_class": tokenizer(side), "data_collator": Collator(tokenizer(side))}
     return cls(
         gpt2() if model is None else model,

@@ -14,8 +14,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_efx.rho_loss import shards
 from hf_efx.rho_loss.irreducible_table import load_irreducible_losses
 from rho_loss.runs import Net, Plain, logs, trainer
+from rho_loss.test_irreducible import compute
 from rho_loss.texts import text_trainer
 
 # Rows of 4 a process are 8 in all; draws of 10 a process are 20.
@@ -76,10 +78,30 @@ def resumed(folder: Path, losses: Any) -> dict[str, Any]:
     return result(run)
 
 
+def shared_table(folder: Path) -> dict[str, Any]:
+    """A table that both processes make: its rows, how many this one scored, the refusal of a call without a folder."""
+    finish, scored = shards._losses, []
+
+    def record(scores: Any, ids: Any) -> Any:
+        scored.extend(ids)
+        return finish(scores, ids)
+
+    shards._losses = record
+    try:
+        compute()
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    table = compute(output_dir=folder)
+    shards._losses = finish
+    return {"rows": len(table), "scored": len(scored), "refusal": refusal}
+
+
 def main(folder: Path) -> None:
     """Runs everything and writes the results."""
     accelerator = Accelerator(cpu=True)
     results: dict[str, Any] = {"processes": accelerator.num_processes}
+    results["shared table"] = shared_table(folder / "shared")
     losses = load_irreducible_losses(folder / "table")
     for kind in KINDS:
         run = make(folder / kind, kind, irreducible_losses=losses)
