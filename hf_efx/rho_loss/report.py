@@ -169,6 +169,15 @@ class SelectionMetrics(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.announced_step != state.global_step:
+            raise ValueError(
+                f"nothing was chosen for step {state.global_step}: get_batch_samples of {type(self.trainer).__name__} "
+                f"doesn't call super().get_batch_samples, where selection sits. Call it, or leave the method out."
+            )
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -88,6 +88,7 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         self._pending: list[MicroBatch] = []  # of steps to come
         self._already_drawn = 0  # batches that a resumed run's loader hands out once more
         self._checked: tuple[Any, Any, IdIndex | None] | None = None  # a training set found right, for what; its ids
+        self.announced_step = -1  # the last one whose rows were chosen
         self._step_started = 0.0
         self._loss_checked = False
         self.read_options()
@@ -166,7 +167,7 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         options: Any = self.args
         self.read_options()
         index = self._check_train_dataset()
-        self._pending, self._already_drawn, self._loss_checked = [], 0, False
+        self._pending, self._already_drawn, self._loss_checked, self.announced_step = [], 0, False, -1
         self.selection_report = self._scoring_training = None
         self.current_gradient_accumulation_steps = 1  # the Trainer's, which `compute_loss` reads before it is set
         if options.report_selection:
@@ -259,7 +260,7 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         self.selection_report.add_seconds(loading, scoring)
 
     def _announce(self, chosen: list[MicroBatch]) -> None:
-        step = self.state.global_step
+        step = self.announced_step = self.state.global_step
         self.on_selection(step, torch.cat([part.ids for part in chosen]), torch.cat([part.scores for part in chosen]))
         if self._scoring_training is not None:
             hidden = {*self.extra_columns, WEIGHT}

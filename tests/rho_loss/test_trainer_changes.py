@@ -195,6 +195,17 @@ def test_weights_that_nobody_would_read_are_refused(tmp_path: Path) -> None:
         run.train()
 
 
+class Bypass(RHOLossTrainer):
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        return [next(epoch_iterator) for _ in range(num_batches)], None
+
+
+def test_a_subclass_that_passes_selection_by_is_refused_before_its_first_step(tmp_path: Path) -> None:
+    run = own_loss(tmp_path, Bypass)
+    with pytest.raises(ValueError, match="nothing was chosen for step 0: get_batch_samples of Bypass"):
+        run.train()
+
+
 def test_default_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="selection='rho_loss' needs irreducible_losses"):
