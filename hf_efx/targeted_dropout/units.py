@@ -51,6 +51,7 @@ def find_groups(model: nn.Module, blocks: Iterable[Block] | None) -> list[UnitGr
 
 
 def group_unsuitable(model: nn.Module, group: UnitGroup) -> str | None:
+    """Why the units of a group can't be pruned, naming the module in the way; None if they can."""
     for name in group.members:
         module = model.get_submodule(name)
         if name in group.norms:
