@@ -229,9 +229,7 @@ def _checked(texts: Any, name: str) -> list[str]:
     if wrong:
         raise ValueError(f"{name} holds {wrong[0]!r}: expected texts.")
     if len(texts) < 2:
-        raise ValueError(
-            f"{name} holds {len(texts)} text(s): one sample has nothing to differ from, give two or more."
-        )
+        raise ValueError(f"{name} holds {len(texts)} text(s): one has nothing to differ from, give two or more.")
     return texts
 
 
