@@ -1,6 +1,7 @@
 """How well a score tells shifted sources from others: AUROC, AUPR, FPR95, with bootstrap intervals."""
 
 import importlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,10 +78,11 @@ def detection_report(
     if found in (0, sources):
         kind = "shifted" if found else "not shifted"
         reason = f"all of the {sources} sources are {kind}: there is nothing to tell apart."
-        return Detection(*(float("nan"),) * 3, {}, sources, found, reason)
+        return Detection(math.nan, math.nan, math.nan, {}, sources, found, reason)
     drawn = np.array([_metrics(values[rows], shifted[rows]) for rows in _stratified(shifted, draws, seed)])
     intervals = {name: percentile_interval(column, level) for name, column in zip(METRICS, drawn.T, strict=False)}
-    return Detection(*_metrics(values, shifted), intervals, sources, found)
+    auroc, aupr, fpr95 = _metrics(values, shifted)
+    return Detection(auroc, aupr, fpr95, intervals, sources, found)
 
 
 def detection_difference(
@@ -120,8 +122,8 @@ def detection_difference(
         )
 
     def difference(rows: np.ndarray) -> np.ndarray:
-        figures = [[_metrics(scores[rows], shifted[rows]) for scores in models] for models in pair]
-        return np.mean(np.subtract(*figures), axis=0)
+        figures = np.array([[_metrics(scores[rows], shifted[rows]) for scores in models] for models in pair])
+        return (figures[0] - figures[1]).mean(0)
 
     whole = difference(np.arange(len(shifted)))
     drawn = np.array([difference(rows) for rows in _stratified(shifted, draws, seed)])
@@ -193,14 +195,14 @@ def _stratified(shifted: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarr
         yield np.concatenate([generator.choice(kind, len(kind)) for kind in kinds])
 
 
-def _metrics(scores: np.ndarray, shifted: np.ndarray) -> list[float]:
+def _metrics(scores: np.ndarray, shifted: np.ndarray) -> tuple[float, float, float]:
     """auroc, aupr, fpr95. All from one ROC curve: a bootstrap takes thousands of them."""
     metrics = _sklearn_metrics()
     wrong, right, _ = metrics.roc_curve(shifted, scores, drop_intermediate=False)
     positive, negative = shifted.sum(), (~shifted).sum()
     precision = right[1:] * positive / (right[1:] * positive + wrong[1:] * negative)
     aupr = (np.diff(right) * precision).sum()  # scikit-learn's average_precision_score
-    return [float(metrics.auc(wrong, right)), float(aupr), float(wrong[np.searchsorted(right, _FOUND)])]
+    return float(metrics.auc(wrong, right)), float(aupr), float(wrong[np.searchsorted(right, _FOUND)])
 
 
 def _sklearn_metrics() -> Any:

@@ -162,7 +162,7 @@ def _in_order(rank: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _resampled(rank: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Rows [n] with replacement, by rank; a stable sort of independent draws leaves those of one rank in random order."""
+    """Rows [n] with replacement, by rank; those of one rank in random order, as a stable sort leaves them."""
     generator = np.random.default_rng(seed)
     for _ in range(draws):
         rows = generator.integers(len(rank), size=len(rank))

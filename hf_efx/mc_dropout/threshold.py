@@ -1,6 +1,8 @@
 """The score above which a translation is deferred, chosen from in-domain data and kept beside the model."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import math
@@ -46,7 +48,7 @@ class DeferralThreshold:
     masks: str
     model: str | None
     sources: int
-    versions: Mapping[str, str] = field(default_factory=versions)
+    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.defer_above):
@@ -82,8 +84,8 @@ class DeferralThreshold:
             now["model"] = then["model"] = None
         if wrong := [f"{name}={then[name]!r}, not {now[name]!r}" for name in now if now[name] != then[name]]:
             raise ValueError(
-                f"the threshold {self.defer_above:g} was made with {'; '.join(wrong)}: choose one for this setting with "
-                f"choose_threshold."
+                f"the threshold {self.defer_above:g} was made with {'; '.join(wrong)}: choose one for this setting "
+                f"with choose_threshold."
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -111,6 +113,13 @@ class DeferralThreshold:
             return cls(**content)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file} holds no threshold: {error}. Choose it anew with choose_threshold.") from error
+
+
+def _versions() -> dict[str, str]:
+    found = versions()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["sacrebleu"] = importlib.metadata.version("sacrebleu")
+    return found
 
 
 def choose_threshold(
