@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 
 from huggingface_hub import EvalResult
 
-from hf_efx.core.files import whole_file
-from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.results.plots import png_axes
+from hf_efx.core.results.statistics import Interval
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,20 @@ class FractionCurve:
         metric: What the values are, such as "accuracy": an identifier of letters, digits, ".", "_" and "-".
         higher_is_better: Whether more of it is better.
         settings: What the curve was made with, as JSON values; part of its JSON form.
+        intervals: Of the value at each point, by rising fraction; empty where none were measured.
+        area_interval: Of the area.
 
     Raises:
-        ValueError: Without points, at fractions that repeat or lie outside of [0, 1].
+        ValueError: Without points, at fractions that repeat or lie outside of [0, 1], for a number of intervals that
+            isn't that of the points.
     """
 
     points: tuple[tuple[float, float], ...]
     metric: str
     higher_is_better: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
+    intervals: tuple[Interval, ...] = ()
+    area_interval: Interval | None = None
 
     axis: ClassVar[str]
     word: ClassVar[str]
@@ -46,6 +51,8 @@ class FractionCurve:
                 f"{type(self).__name__}: fractions={fractions}: expected one value or more, at different fractions "
                 f"from 0 to 1."
             )
+        if self.intervals and len(self.intervals) != len(points):
+            raise ValueError(f"{type(self).__name__}: {len(self.intervals)} intervals for {len(points)} points.")
 
     @property
     def fractions(self) -> tuple[float, ...]:
@@ -120,14 +127,18 @@ class FractionCurve:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; a value that isn't finite is written as text."""
-        points = [[fraction, value if math.isfinite(value) else str(value)] for fraction, value in self.points]
-        return {
+        content = {
             "metric": self.metric,
             "higher_is_better": self.higher_is_better,
-            "points": points,
-            "area": self.area if math.isfinite(self.area) else str(self.area),
+            "points": [[fraction, _json(value)] for fraction, value in self.points],
+            "area": _json(self.area),
             "settings": dict(self.settings),
         }
+        if self.intervals:
+            content["intervals"] = [list(map(_json, interval)) for interval in self.intervals]
+        if self.area_interval:
+            content["area_interval"] = list(map(_json, self.area_interval))
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
@@ -138,7 +149,16 @@ class FractionCurve:
         """
         try:
             points = tuple((float(fraction), float(value)) for fraction, value in content["points"])
-            return cls(points, content["metric"], content["higher_is_better"], dict(content.get("settings", {})))
+            intervals = tuple((float(low), float(high)) for low, high in content.get("intervals", ()))
+            area = content.get("area_interval")
+            return cls(
+                points,
+                content["metric"],
+                content["higher_is_better"],
+                dict(content.get("settings", {})),
+                intervals,
+                (float(area[0]), float(area[1])) if area else None,
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{cls.__name__}: {json.dumps(content, default=str)[:200]} is none ({error!r}); expected what "
@@ -166,6 +186,10 @@ class RetentionCurve(FractionCurve):
     word: ClassVar[str] = "retained"
 
 
+def _json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
 def plot_curves(curves: Mapping[str, FractionCurve], path: str | os.PathLike[str]) -> Path:
     """Draws curves of one kind and metric into a PNG, which is there whole or not at all.
 
@@ -183,21 +207,18 @@ def plot_curves(curves: Mapping[str, FractionCurve], path: str | os.PathLike[str
     kinds = {(type(curve), curve.metric) for curve in curves.values()}
     if len(kinds) != 1:
         raise ValueError(f"plot_curves: curves={list(curves)}: expected curves of one kind and one metric.")
-    plt = matplotlib_pyplot()
     path = Path(path)
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    try:
+    with png_axes(path) as axes:
         for name, curve in curves.items():
-            axes.plot(curve.fractions, curve.values, marker="o", markersize=3, label=name)
+            (line,) = axes.plot(curve.fractions, curve.values, marker="o", markersize=3, label=name)
+            if curve.intervals:
+                low, high = zip(*curve.intervals, strict=True)
+                axes.fill_between(curve.fractions, low, high, alpha=0.15, color=line.get_color())
         one = next(iter(curves.values()))
         axes.set(xlabel=one.axis, ylabel=f"{one.metric} ({'higher' if one.higher_is_better else 'lower'} is better)")
         axes.grid(alpha=0.3)
         if len(curves) > 1:
             axes.legend()
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
-    finally:
-        plt.close(figure)
     return path
 
 

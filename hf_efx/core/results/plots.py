@@ -1,7 +1,12 @@
 """Plots, with matplotlib where it is installed (extra `plot`)."""
 
 import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from hf_efx.core.files import whole_file
 
 
 def matplotlib_pyplot() -> Any:
@@ -18,3 +23,20 @@ def matplotlib_pyplot() -> Any:
         ) from error
     matplotlib.use("Agg")
     return importlib.import_module("matplotlib.pyplot")
+
+
+@contextmanager
+def png_axes(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Axes to draw on, which are a PNG at the end; it is there whole or not at all.
+
+    Raises:
+        ImportError: If matplotlib isn't installed; it names the extra that installs it.
+    """
+    plt = matplotlib_pyplot()
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    try:
+        yield axes
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
+    finally:
+        plt.close(figure)

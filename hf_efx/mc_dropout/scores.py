@@ -1,0 +1,431 @@
+"""How uncertain a model is of its output, from samples of it: scores with one sign, higher being less certain.
+
+Scores of texts compare the samples, those of the answer read its probability, and those of tokens compare what the
+samples' masks predict while the answer is read (Malinin and Gales 2021, "Uncertainty Estimation in Autoregressive
+Structured Prediction", arXiv 2002.07650).
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_efx.mc_dropout.bleuvar import SampledTexts, bleuvar, mt_metrics, over_sources, tokens, unique_items
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStatistics:
+    """What the samples' predictions of the answer's tokens say, the mean over its tokens, in nats; see
+    `token_statistics`.
+
+    Attributes:
+        entropy: [n] of the mean prediction: the total uncertainty.
+        expected_entropy: [n] mean of the predictions' own entropies: the data's share of it.
+        mutual_information: [n] the first less the second: the model's share of it.
+        reverse_mutual_information: [n] mean divergence KL(mean prediction || prediction).
+        epkl: [n] mean divergence KL between two predictions.
+    """
+
+    entropy: np.ndarray
+    expected_entropy: np.ndarray
+    mutual_information: np.ndarray
+    reverse_mutual_information: np.ndarray
+    epkl: np.ndarray
+
+    @classmethod
+    def concatenate(cls, batches: Iterable["TokenStatistics"]) -> "TokenStatistics":
+        """The statistics of all batches' sources, in order."""
+        rows = list(batches)
+        return cls(*(np.concatenate([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(cls)))
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What scores of n sources are made from; None is what wasn't measured.
+
+    Attributes:
+        texts: [n][num_samples] the samples.
+        sample_log_probs: [n][num_samples] total log-probabilities of the samples' tokens.
+        sample_lengths: [n][num_samples] how many tokens those are.
+        answers: [n] the texts that are given out.
+        answer_log_probs: [n] total log-probabilities of the answers' tokens, with dropout off.
+        answer_lengths: [n] how many tokens those are.
+        token_statistics: Of the answers under the samples' masks.
+    """
+
+    texts: Sequence[Sequence[str]] | None = None
+    sample_log_probs: Sequence[Sequence[float]] | np.ndarray | None = None
+    sample_lengths: Sequence[Sequence[int]] | np.ndarray | None = None
+    answers: Sequence[str] | None = None
+    answer_log_probs: Sequence[float] | np.ndarray | None = None
+    answer_lengths: Sequence[int] | np.ndarray | None = None
+    token_statistics: TokenStatistics | None = None
+
+
+Uncertainty = Callable[..., Any]
+_EVIDENCE = tuple(field.name for field in dataclasses.fields(Evidence))
+
+
+def token_statistics(logits: torch.Tensor, mask: torch.Tensor) -> TokenStatistics:
+    """Total, data and knowledge uncertainty of each position of one batch, the mean over a source's positions.
+
+    With p_s the prediction of sample s and p the mean of them: H[p]; E H[p_s]; MI = H[p] - E H[p_s];
+    RMI = E KL(p || p_s); EPKL = E KL(p_s || p_t) = MI + RMI, over all ordered pairs s, t (Malinin and Gales 2021,
+    arXiv 2002.07650). Computed in float64, a source at a time.
+
+    Args:
+        logits: [num_samples, n, T, V] such that those at position t predict the answer's token t, by teacher forcing
+            of the same answer under the masks of each sample. -inf is a token that can't come.
+        mask: [n, T] true for the answer's tokens, its end token among them.
+
+    Raises:
+        ValueError: For shapes that don't belong together, fewer than two samples, a source without tokens, or logits
+            that are NaN.
+    """
+    if logits.dim() != 4 or mask.shape != logits.shape[1:3]:
+        raise ValueError(
+            f"logits of shape {list(logits.shape)} and mask of shape {list(mask.shape)}: expected "
+            f"[num_samples, n, T, V] and [n, T]."
+        )
+    if len(logits) < 2:
+        raise ValueError(f"logits have num_samples={len(logits)}: one sample has nothing to differ from, give two.")
+    mask = mask.to(device=logits.device, dtype=torch.bool)
+    if not bool(mask.any(-1).all()):
+        raise ValueError(f"mask: source {int((~mask.any(-1)).nonzero()[0])} has no token: leave it out.")
+    with torch.no_grad():
+        rows = [_statistics(logits[:, i, mask[i]]) for i in range(mask.shape[0])]
+    columns = np.array(rows, np.float64).reshape(len(rows), 5).T
+    if np.isnan(columns).any():
+        raise ValueError("logits are NaN: nothing can be said about them.")
+    return TokenStatistics(*columns)
+
+
+def _statistics(logits: torch.Tensor) -> list[float]:
+    """The five statistics of one source from its logits [num_samples, tokens, V]."""
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float64)
+    log_mean = torch.logsumexp(log_p, 0) - math.log(len(log_p))
+    mean = log_mean.exp()
+    entropy = _entropy(mean, log_mean)
+    expected = _entropy(log_p.exp(), log_p).mean(0)
+    # E[-sum p log p_s]; a token that no sample gives any probability adds nothing.
+    cross = -torch.where(mean > 0, mean * log_p.mean(0), 0.0).sum(-1)
+    # Each is 0 or more: below it is rounding, where the samples agree.
+    values = (entropy, expected, entropy - expected, cross - entropy, cross - expected)
+    return [float(value.clamp(min=0).mean()) for value in values]
+
+
+def _entropy(p: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    return -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+
+
+def token_entropy(statistics: TokenStatistics) -> np.ndarray:
+    """Total uncertainty: entropy of the mean prediction of a token (Malinin and Gales 2021, arXiv 2002.07650).
+
+    Returns:
+        [n].
+    """
+    return statistics.entropy
+
+
+def mutual_information(statistics: TokenStatistics) -> np.ndarray:
+    """Knowledge uncertainty: mutual information of a token and the weights (Malinin and Gales 2021, arXiv 2002.07650).
+
+    Returns:
+        [n].
+    """
+    return statistics.mutual_information
+
+
+def reverse_mutual_information(statistics: TokenStatistics) -> np.ndarray:
+    """Mean KL(mean prediction || prediction) of a token (Malinin and Gales 2021, arXiv 2002.07650).
+
+    Returns:
+        [n].
+    """
+    return statistics.reverse_mutual_information
+
+
+def epkl(statistics: TokenStatistics) -> np.ndarray:
+    """Expected pairwise KL divergence of a token's predictions (Malinin and Gales 2021, arXiv 2002.07650).
+
+    Returns:
+        [n].
+    """
+    return statistics.epkl
+
+
+def sequence_probability(answer_log_probs: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Negated total log-probability of the answer: long answers have more of it. A baseline of the paper (Xiao, Gomez,
+    Gal 2020, arXiv 2006.08344).
+
+    Args:
+        answer_log_probs: [n].
+
+    Returns:
+        [n] in nats.
+    """
+    return -np.asarray(answer_log_probs, np.float64)
+
+
+def beam_score(
+    answer_log_probs: Sequence[float] | np.ndarray,
+    answer_lengths: Sequence[int] | np.ndarray,
+    length_penalty: float = 1.0,
+) -> np.ndarray:
+    """Negated score by which beam search ranks its answers: log-probability / length^length_penalty (Wu et al. 2016,
+    arXiv 1609.08144, in the form that `transformers.generate` has). A baseline of the paper (arXiv 2006.08344).
+
+    Args:
+        answer_log_probs: [n].
+        answer_lengths: [n] 1 or more.
+        length_penalty: `generate`'s own.
+
+    Returns:
+        [n].
+
+    Raises:
+        ValueError: For a length below 1, or shapes that differ.
+    """
+    log_probs, lengths = np.asarray(answer_log_probs, np.float64), np.asarray(answer_lengths, np.float64)
+    if log_probs.shape != lengths.shape or (lengths < 1).any():
+        raise ValueError(
+            f"answer_lengths of shape {list(lengths.shape)}, the smallest {lengths.min(initial=np.inf):g}: expected "
+            f"{list(log_probs.shape)} as the log-probabilities, each 1 or more."
+        )
+    return -log_probs / lengths**length_penalty
+
+
+def pairwise_rouge_l(texts: Sequence[str]) -> np.ndarray:
+    """ROUGE-L's F1 between all pairs of texts: 2 LCS / (length + length) over the tokens of `pairwise_bleu` (Lin 2004,
+    "ROUGE: A Package for Automatic Evaluation of Summaries").
+
+    Args:
+        texts: [N].
+
+    Returns:
+        [N, N] float64, symmetric; exactly 1 for the same tokens, none included, and 0 where none is shared.
+
+    Raises:
+        ImportError: If sacrebleu isn't installed.
+    """
+    unique, places = unique_items([tokens(text) for text in texts])
+    lengths = np.array([len(sequence) for sequence in unique], np.int64)
+    numbers: dict[str, int] = {}
+    padded = np.full((len(unique), int(lengths.max(initial=0))), -1, np.int64)
+    for row, sequence in zip(padded, unique, strict=True):
+        row[: len(sequence)] = [numbers.setdefault(token, len(numbers)) for token in sequence]
+    left, right = np.triu_indices(len(unique), 1)
+    common = np.zeros((len(left), padded.shape[1] + 1), np.int64)  # by the length of a prefix of the right text
+    for token in padded.T:
+        match = (token[left, None] == padded[right]) & (token[left, None] >= 0)
+        common[:, 1:] = np.maximum(common[:, 1:], (common[:, :-1] + 1) * match)
+        common = np.maximum.accumulate(common, axis=1)
+    score = np.eye(len(unique))
+    score[left, right] = score[right, left] = 2 * common[:, -1] / np.maximum(lengths[left] + lengths[right], 1)
+    return score[np.ix_(places, places)]
+
+
+def pairwise_chrf(texts: Sequence[str]) -> np.ndarray:
+    """chrF between all ordered pairs of texts (Popović 2015, "chrF: character n-gram F-score for automatic MT
+    evaluation"): characters up to 6 in a row, recall weighted twice, as sacrebleu has it.
+
+    By fastchrf where it is installed, else by sacrebleu, which takes about 1.6 ms a pair; both agree to 1e-12.
+
+    Args:
+        texts: [N].
+
+    Returns:
+        [N, N] float64 from 0 to 1, row i being the hypothesis; exactly 1 for equal texts, empty ones included.
+
+    Raises:
+        ImportError: If neither is installed.
+    """
+    unique, places = unique_items(texts)
+    score = _chrf([unique], [unique]).reshape(len(unique), len(unique))
+    np.fill_diagonal(score, 1.0)
+    return score[np.ix_(places, places)]
+
+
+def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """sacrebleu's chrF of each hypothesis: a quality for `prediction_rejection_ratio`; by fastchrf where installed.
+
+    Args:
+        hypotheses: [n].
+        references: [n].
+
+    Returns:
+        [n] float64 from 0 to 1.
+
+    Raises:
+        ImportError: If neither fastchrf nor sacrebleu is installed.
+        ValueError: For lengths that differ.
+    """
+    if len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses and {len(references)} references: expected one for each.")
+    return _chrf([[text] for text in hypotheses], [[text] for text in references]).reshape(-1)
+
+
+def _chrf(hypotheses: list[list[str]], references: list[list[str]]) -> np.ndarray:
+    """[sources, hypotheses, references] from 0 to 1."""
+    if importlib.util.find_spec("fastchrf"):
+        found = importlib.import_module("fastchrf").pairwise_chrf(hypotheses, references)
+    else:
+        metric = mt_metrics().CHRF()
+        found = [
+            [[metric.sentence_score(text, [other]).score for other in others] for text in texts]
+            for texts, others in zip(hypotheses, references, strict=True)
+        ]
+    return np.array(found, np.float64) / 100
+
+
+def lexical_similarity(texts: Sequence[str] | Sequence[Sequence[str]] | SampledTexts) -> float | np.ndarray:
+    """1 - mean pairwise ROUGE-L of the samples: lexical similarity (Fomicheva et al. 2020, "Unsupervised Quality
+    Estimation for Neural Machine Translation", arXiv 2005.10608, with METEOR; with ROUGE-L as in Kuhn et al. 2023,
+    arXiv 2302.09664), turned so that higher is less certain.
+
+    Args:
+        texts: As `bleuvar`'s samples.
+
+    Returns:
+        A float for one source, [n] for several.
+
+    Raises:
+        ImportError: If sacrebleu isn't installed.
+        ValueError: For fewer than two texts of a source, or what isn't texts.
+    """
+    return over_sources(texts, lambda one: 1 - _mean_of_pairs(pairwise_rouge_l(one)), "lexical_similarity")
+
+
+def chrf(texts: Sequence[str] | Sequence[Sequence[str]] | SampledTexts) -> float | np.ndarray:
+    """1 - mean pairwise chrF of the samples: `lexical_similarity` in characters (chrF: Popović 2015).
+
+    Args:
+        texts: As `bleuvar`'s samples.
+
+    Returns:
+        A float for one source, [n] for several.
+
+    Raises:
+        ImportError: If neither fastchrf nor sacrebleu is installed.
+        ValueError: For fewer than two texts of a source, or what isn't texts.
+    """
+    return over_sources(texts, lambda one: 1 - _mean_of_pairs(pairwise_chrf(one)), "chrf")
+
+
+def _mean_of_pairs(similarity: np.ndarray) -> float:
+    """Over i != j; the diagonal is 1. Exactly 1 where all are."""
+    n = len(similarity)
+    return float((similarity.sum() - n) / (n * (n - 1)))
+
+
+UNCERTAINTIES: dict[str, Uncertainty] = {
+    "bleuvar": bleuvar,
+    "lexical_similarity": lexical_similarity,
+    "chrf": chrf,
+    "beam_score": beam_score,
+    "sequence_probability": sequence_probability,
+    "token_entropy": token_entropy,
+    "mutual_information": mutual_information,
+    "reverse_mutual_information": reverse_mutual_information,
+    "epkl": epkl,
+}
+"""Scores by name, all with one sign: higher is less certain. `register_uncertainty` adds to it."""
+
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "bleuvar": ("texts",),
+    "lexical_similarity": ("texts",),
+    "chrf": ("texts",),
+    "beam_score": ("answer_log_probs", "answer_lengths"),
+    "sequence_probability": ("answer_log_probs",),
+    **dict.fromkeys(
+        ("token_entropy", "mutual_information", "reverse_mutual_information", "epkl"), ("token_statistics",)
+    ),
+}
+
+
+def register_uncertainty(name: str, function: Uncertainty, needs: Sequence[str] = ("texts",)) -> None:
+    """Makes a score of one's own available by name.
+
+    Args:
+        name: A new name, such as a column of a table may have.
+        function: From the fields of `Evidence` that `needs` names, in that order, to [n] numbers, higher being less
+            certain.
+        needs: Fields of `Evidence`: only what some score needs is measured.
+
+    Raises:
+        ValueError: If the name is taken or no identifier, or a need is no field of `Evidence`.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_efx.mc_dropout import register_uncertainty
+        >>> def spread(log_probs):  # of the samples' log-probabilities
+        ...     return np.std(log_probs, axis=1)
+        >>> register_uncertainty("log_prob_spread", spread, needs=["sample_log_probs"])
+    """
+    if name in UNCERTAINTIES or not name.isidentifier():
+        raise ValueError(f"name={name!r} is {'taken' if name in UNCERTAINTIES else 'no identifier'}: choose another.")
+    if isinstance(needs, str) or not needs or set(needs) - set(_EVIDENCE):
+        raise ValueError(f"needs={needs!r}: expected a list of fields of Evidence, of {', '.join(_EVIDENCE)}.")
+    UNCERTAINTIES[name] = function
+    _NEEDS[name] = tuple(needs)
+
+
+def uncertainty_needs(names: Iterable[str]) -> set[str]:
+    """The fields of `Evidence` that these scores are made from.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    names = list(names)
+    if unknown := [name for name in names if name not in UNCERTAINTIES]:
+        raise ValueError(
+            f"uncertainty {unknown[0]!r} is unknown; choose from {', '.join(UNCERTAINTIES)}, or add it with "
+            f"register_uncertainty."
+        )
+    return {need for name in names for need in _NEEDS[name]}
+
+
+def compute_uncertainties(evidence: Evidence, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Computes scores of n sources.
+
+    Args:
+        evidence: What they are made from.
+        names: Which; None for all that the evidence suffices for.
+
+    Returns:
+        [n] float64 by name.
+
+    Raises:
+        ImportError: If an extra that a score needs isn't installed.
+        ValueError: For an unknown name, a field of the evidence that is missing, or a function that gives no [n].
+    """
+    there = {name for name in _EVIDENCE if getattr(evidence, name) is not None}
+    names = [name for name in UNCERTAINTIES if set(_NEEDS[name]) <= there] if names is None else list(names)
+    if missing := sorted(uncertainty_needs(names) - there):
+        raise ValueError(f"evidence lacks {', '.join(missing)}, which {', '.join(names)} are made from.")
+    sources = _sources(evidence)
+    scores = {}
+    for name in names:
+        inputs = (getattr(evidence, need) for need in _NEEDS[name])
+        scores[name] = np.asarray(UNCERTAINTIES[name](*inputs), np.float64)
+        if scores[name].shape != (sources,):
+            raise ValueError(f"uncertainty {name!r} gave shape {list(scores[name].shape)} for {sources} source(s).")
+    return scores
+
+
+def _sources(evidence: Evidence) -> int:
+    """How many sources the evidence is of."""
+    counts = {
+        name: len(value.entropy if isinstance(value, TokenStatistics) else value)
+        for name in _EVIDENCE
+        if (value := getattr(evidence, name)) is not None
+    }
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"evidence is of different numbers of sources: {counts}.")
+    return next(iter(counts.values()), 0)
