@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_efx.core.model.peft_bridge import register_peft
     from hf_efx.core.model.record import EfxConfig
     from hf_efx.core.model.targets import default_targets
+    from hf_efx.core.scoring.sampling import dropout_active, sample_forward, sample_generate
     from hf_efx.core.training.arguments import EfxArguments
     from hf_efx.core.training.step_context import step_context
     from hf_efx.core.training.trainer import EfxTrainer, EfxTrainerMixin
@@ -78,6 +79,7 @@ _PUBLIC = {
     "hf_efx.core.model.targets": ("default_targets",),
     "hf_efx.core.data.example_ids": ("add_example_ids",),
     "hf_efx.core.model.peft_bridge": ("register_peft",),
+    "hf_efx.core.scoring.sampling": ("dropout_active", "sample_forward", "sample_generate"),
     "hf_efx.core.training.step_context": ("step_context",),
     "hf_efx.core.training.trainer": ("EfxTrainer", "EfxTrainerMixin"),
     "hf_efx.goldiprox": (

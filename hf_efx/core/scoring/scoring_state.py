@@ -13,6 +13,12 @@ from torch import nn
 from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.training.step_context import StepContext
 
+# What is random in training beside dropout, by the ends of its names on modules and configs: LayerDrop (the fields of
+# core/model/block_map, and the numbers that they become on encoders and decoders), routers' noise, SpecAugment.
+_OTHER_NOISE = ("layerdrop", "jitter_noise", "moe_jitter_eps", "apply_spec_augment")
+# Stochastic depth that isn't called DropPath: these modules' `dropout` is EfficientNet's drop connect.
+_DROPS_BRANCH = ("EfficientNetFinalBlockLayer", "AlignVisionFinalBlockLayer")
+
 
 def base_model(model: nn.Module) -> Any:
     """The transformers model inside wrappers and peft's adapters, whose class and signature say what it takes."""
@@ -52,8 +58,9 @@ def scoring_state(
 
     Args:
         model: An unwrapped model; see `unwrap_model`.
-        mode: `"eval"`; `"train"`, with dropout and batch statistics; or `"dropout"`, training but for layers with
-            running statistics, which keep to them (LayerDrop, where a model has it, is on in both).
+        mode: `"eval"`; `"train"`, with all that is random there and batch statistics; or `"dropout"`, training but for
+            layers with running statistics, which keep to them, and for LayerDrop, stochastic depth, routers' noise and
+            SpecAugment, which are off.
         copy_buffers: As in `untouched`; None copies them in all modes but `"eval"`, where layers leave them alone.
     """
     modules = list(model.modules())
@@ -66,6 +73,8 @@ def scoring_state(
         stack.enter_context(untouched(model, mode != "eval" if copy_buffers is None else copy_buffers))
         try:
             _set_mode(model, modules, mode)
+            if mode == "dropout":
+                stack.enter_context(_other_noise_off(modules))
             for module in checkpointing:
                 setattr(module, "gradient_checkpointing", False)  # noqa: B010
             yield
@@ -85,8 +94,31 @@ def _set_mode(model: nn.Module, modules: list[nn.Module], mode: str) -> None:
     model.train()  # not the flags: a model may keep frozen parts in eval
     if mode == "dropout":
         for module in modules:
-            if vars(module).get("track_running_stats"):
+            kind = type(module).__name__
+            if vars(module).get("track_running_stats") or kind.endswith(("DropPath", "StochasticDepth")):
                 module.training = False
+            elif kind in _DROPS_BRANCH:
+                module.get_submodule("dropout").training = False
+
+
+@contextmanager
+def _other_noise_off(modules: list[nn.Module]) -> Iterator[None]:
+    """Puts the numbers to 0 that make training random beside dropout, on modules and in their configs."""
+    holders = {id(holder): holder for module in modules for holder in (module, vars(module).get("config"))}
+    kept = [
+        (holder, name, value)
+        for holder in holders.values()
+        if holder is not None
+        for name, value in vars(holder).items()
+        if name.endswith(_OTHER_NOISE) and isinstance(value, (int, float)) and value
+    ]
+    try:
+        for holder, name, value in kept:
+            setattr(holder, name, type(value)(0))
+        yield
+    finally:
+        for holder, name, value in kept:
+            setattr(holder, name, value)
 
 
 @contextmanager

@@ -1,0 +1,191 @@
+"""Generation for `sampling`: a loop that leaves finished rows out, and the log-probabilities of what was generated."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import logits_process, stopping_criteria
+from transformers.utils import ModelOutput
+
+from hf_efx.core.scoring.keyed_dropout import KeyedDropout
+from hf_efx.core.scoring.scoring_state import base_model
+
+# What looks at each row alone; others may count rows, so that none can be left out before them.
+_BY_ROW = {
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.TopPLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.ForcedBOSTokenLogitsProcessor,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.LogitNormalization,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+    stopping_criteria.MaxLengthCriteria,
+    stopping_criteria.MaxTimeCriteria,
+    stopping_criteria.EosTokenCriteria,
+}
+_FINISHED = 0.25  # the share of finished rows from which leaving them out is worth the copies
+
+
+class Decoded(NamedTuple):
+    """What one call generated.
+
+    Attributes:
+        tokens: [rows, steps] after the prompt, filled up after the end token.
+        log_probs: [rows, steps] under the masked model, of no meaning after the end token.
+        first_logits: [rows, vocabulary] of the first step.
+        prompt: Columns before the first step.
+    """
+
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+    first_logits: torch.Tensor
+    prompt: int
+
+
+def decode_rows(
+    model: Any, inputs: Mapping[str, Any], config: Any, keyed: KeyedDropout, tokenizer: Any, kwargs: Mapping[str, Any]
+) -> Decoded:
+    """Generates by a loop of ours, which leaves finished rows out, or by transformers' own beam search.
+
+    Args:
+        model: A transformers model that generates.
+        inputs: What `generate` takes, rows first.
+        config: The GenerationConfig, whole.
+        keyed: The masks, active, with the rows set.
+        tokenizer: For `stop_strings`.
+        kwargs: More of what `generate` takes.
+    """
+    if config.num_beams == 1 and not config.stop_strings:
+        loop = functools.partial(_decode, keyed=keyed)
+        return model.generate(**inputs, generation_config=config, custom_generate=loop, **kwargs)
+    if "decoder_input_ids" in inputs:
+        raise ValueError("decoder_input_ids: beam search and stop_strings take no start of the decoder's side here")
+    options = {**kwargs, "tokenizer": tokenizer} if config.stop_strings else kwargs
+    sequences = model.generate(**inputs, generation_config=config, **options)
+    prompt = 1 if base_model(model).config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    logits = _teacher_forced(model, inputs, sequences)[:, prompt - 1 :]
+    tokens = sequences[:, prompt:]
+    return Decoded(tokens, _log_prob(logits, tokens), logits[:, 0], prompt)
+
+
+def _log_prob(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def _at_least_float(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _teacher_forced(model: Any, inputs: Mapping[str, Any], sequences: torch.Tensor) -> torch.Tensor:
+    """Logits [rows, columns - 1, vocabulary] of sequences under the masks that they were generated with."""
+    base = base_model(model)
+    if base.config.is_encoder_decoder:
+        return _at_least_float(model(**inputs, decoder_input_ids=sequences[:, :-1], use_cache=False).logits)
+    mask = inputs["attention_mask"]
+    mask = torch.cat([mask, mask.new_ones(len(mask), sequences.shape[1] - mask.shape[1] - 1)], 1)
+    inputs = {**inputs, "input_ids": sequences[:, :-1], "attention_mask": mask, "use_cache": False}
+    if "position_ids" in inspect.signature(type(base).forward).parameters:
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return _at_least_float(model(**inputs).logits)
+
+
+def _decode(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    keyed: Any = None,
+    **model_kwargs: Any,
+) -> Decoded:
+    """Greedy search and sampling as `generate` runs them, for its `custom_generate`."""
+    config, tokens, prompt = generation_config, input_ids, input_ids.shape[1]
+    by_row = {type(item) for item in (*logits_processor, *stopping_criteria)} <= _BY_ROW
+    rows = torch.arange(len(tokens), device=tokens.device)
+    finished, steps, first = torch.zeros_like(rows, dtype=torch.bool), [], None
+    outputs = model._prefill(tokens, config, model_kwargs)
+    while True:
+        model_kwargs = model._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+        )
+        logits = _at_least_float(outputs.logits[:, -1].to(tokens.device))
+        del outputs
+        first = logits if first is None else first
+        scores = logits_processor(tokens, logits.clone()) if logits_processor else logits
+        drawn = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
+        if config._pad_token_tensor is not None:
+            drawn = torch.where(finished, config._pad_token_tensor.to(drawn.device), drawn)
+        steps.append((rows, drawn, _log_prob(logits, drawn)))
+        tokens = torch.cat([tokens, drawn[:, None]], 1)
+        finished = finished | stopping_criteria(tokens, None)
+        left = int((~finished).sum())
+        if not left:
+            return _table(steps, len(input_ids), config._pad_token_tensor, first, prompt)
+        if by_row and left <= (1 - _FINISHED) * len(rows) and _divisible(model_kwargs):
+            kept = (~finished).nonzero()[:, 0]
+            model_kwargs = {name: _keep(value, kept, len(rows)) for name, value in model_kwargs.items()}
+            keyed.keep_rows(kept.to(keyed.device))
+            rows, tokens, finished = rows[kept], tokens[kept], finished[kept]
+        length = 1 if model_kwargs["use_cache"] else None
+        inputs = model.prepare_inputs_for_generation(tokens, next_sequence_length=length, **model_kwargs)
+        outputs = model(**inputs, return_dict=True)
+
+
+def _table(steps: list[Any], rows: int, pad: torch.Tensor | None, first: Any, prompt: int) -> Decoded:
+    shape = (rows, len(steps))
+    tokens = torch.full(shape, 0 if pad is None else int(pad), device=first.device)
+    log_probs = torch.zeros(shape, dtype=first.dtype, device=first.device)
+    for step, (living, drawn, log_prob) in enumerate(steps):
+        tokens[living, step], log_probs[living, step] = drawn, log_prob
+    return Decoded(tokens, log_probs, first, prompt)
+
+
+def _divisible(model_kwargs: Mapping[str, Any]) -> bool:
+    """Whether rows can be taken out of all that goes on from step to step."""
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        return False
+    caches = [value for value in model_kwargs.values() if isinstance(value, Cache)]
+    parts = [part for cache in caches for part in _parts(cache)]
+    layers = [layer for part in parts for layer in part.layers]
+    return all(type(part) is DynamicCache for part in parts) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+    )
+
+
+def _parts(cache: Cache) -> list[Any]:
+    return (
+        [cache.self_attention_cache, cache.cross_attention_cache]
+        if isinstance(cache, EncoderDecoderCache)
+        else [cache]
+    )
+
+
+def _keep(value: Any, kept: torch.Tensor, rows: int) -> Any:
+    """The kept rows [k] of a tensor, an encoder's output or a cache."""
+    if isinstance(value, Cache):
+        value.batch_select_indices(kept)
+    elif isinstance(value, ModelOutput):
+        return type(value)(**{name: _keep(part, kept, rows) for name, part in value.items()})
+    elif isinstance(value, tuple):
+        return tuple(_keep(part, kept, rows) for part in value)
+    elif isinstance(value, torch.Tensor) and value.dim() and len(value) == rows:
+        return value[kept.to(value.device)]
+    return value
