@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         LowRankTrainer,
         low_rank_report,
     )
+    from hf_efx.mc_dropout import bleuvar, choose_threshold, score_translations
     from hf_efx.prunability import (
         PrunabilityCallback,
         PrunabilityResult,
@@ -96,6 +97,7 @@ _PUBLIC = {
         "LowRankTrainer",
         "low_rank_report",
     ),
+    "hf_efx.mc_dropout": ("bleuvar", "choose_threshold", "score_translations"),
     "hf_efx.prunability": (
         "PrunabilityCallback",
         "PrunabilityResult",
@@ -146,3 +148,8 @@ def __dir__() -> list[str]:
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register_loading(module: Any) -> None:
     importlib.import_module("hf_efx.core.model.loading")
+
+
+@wrapt.when_imported("transformers.pipelines")
+def _register_pipeline(module: Any) -> None:
+    importlib.import_module("hf_efx.mc_dropout.pipeline")

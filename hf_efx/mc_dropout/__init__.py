@@ -6,7 +6,9 @@ arXiv 2006.08344.
 
 from hf_efx.mc_dropout.bleuvar import bleuvar, mbr_choice, pairwise_bleu
 from hf_efx.mc_dropout.detection import Detection, detection_difference, detection_report, plot_roc
+from hf_efx.mc_dropout.options import TranslationOptions
 from hf_efx.mc_dropout.retention import PredictionRejection, prediction_rejection_ratio, retention_curves
+from hf_efx.mc_dropout.score_translations import score_translations
 from hf_efx.mc_dropout.scores import (
     UNCERTAINTIES,
     Evidence,
@@ -17,6 +19,7 @@ from hf_efx.mc_dropout.scores import (
     token_statistics,
 )
 from hf_efx.mc_dropout.threshold import DeferralThreshold, choose_threshold
+from hf_efx.mc_dropout.translate import Translation, Translator
 
 __all__ = [
     "UNCERTAINTIES",
@@ -25,6 +28,9 @@ __all__ = [
     "Evidence",
     "PredictionRejection",
     "TokenStatistics",
+    "Translation",
+    "TranslationOptions",
+    "Translator",
     "bleuvar",
     "choose_threshold",
     "compute_uncertainties",
@@ -36,6 +42,7 @@ __all__ = [
     "prediction_rejection_ratio",
     "register_uncertainty",
     "retention_curves",
+    "score_translations",
     "sentence_chrf",
     "token_statistics",
 ]

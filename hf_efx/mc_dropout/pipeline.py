@@ -7,9 +7,12 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
+from transformers.utils import cached_file
 
-from hf_efx.mc_dropout.threshold import Threshold, deferred, saved_threshold, threshold_of
-from hf_efx.mc_dropout.translate import TranslationOptions, Translator, text_id
+from hf_efx.mc_dropout.options import TranslationOptions, checked_threshold
+from hf_efx.mc_dropout.sources import text_id
+from hf_efx.mc_dropout.threshold import UNCERTAINTY_FILE, DeferralThreshold
+from hf_efx.mc_dropout.translate import Translator
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +27,9 @@ class TranslationWithUncertaintyPipeline(Pipeline):
     threshold in the model's uncertainty.json, if there is one) and `generate`'s own. A text has the same samples in
     every batch and every process.
 
-    Returns of a text a dictionary: `translation`, `uncertainty` (the first of the uncertainties, NaN for an empty text),
-    `uncertainties` (all of them by name), `deferred` (None without a threshold), `samples` and `note` (empty, cut, not
-    finished, or ""). Lists give lists, generators and data sets one after the other.
+    Returns of a text a dictionary: `translation`, `uncertainty` (the first of the uncertainties, NaN for an empty
+    text), `uncertainties` (all of them by name), `deferred` (None without a threshold), `samples` and
+    `note` (empty, cut, not finished, or ""). Lists give lists, generators and data sets one after the other.
 
     Example:
         >>> import hf_efx  # doctest: +SKIP
@@ -42,7 +45,7 @@ class TranslationWithUncertaintyPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.threshold = saved_threshold(self.model)
+        self.threshold = _saved_threshold(self.model)
         self._translator: tuple[Any, Translator] | None = None
         self._settings(self._forward_params)  # what can't work is said now
 
@@ -66,7 +69,7 @@ class TranslationWithUncertaintyPipeline(Pipeline):
                 "translation": row.translation,
                 "uncertainty": row.uncertainties[first],
                 "uncertainties": row.uncertainties,
-                "deferred": deferred(row.uncertainties[first], threshold),
+                "deferred": None if threshold is None else row.uncertainties[first] > threshold,
                 "samples": list(row.samples),
                 "note": row.note,
             }
@@ -96,7 +99,19 @@ class TranslationWithUncertaintyPipeline(Pipeline):
         if self._translator is None or self._translator[0] != (options, rest):
             self._translator = (options, rest), Translator(self.model, self.tokenizer, options, **rest)
         wanted = self.threshold if defer_above is None else defer_above
-        return self._translator[1], threshold_of(wanted, options, self.model) if options.num_samples else None
+        return self._translator[1], checked_threshold(wanted, options, self.model) if options.num_samples else None
+
+
+def _saved_threshold(model: Any) -> DeferralThreshold | None:
+    """What stands in the uncertainty.json beside a model, in its folder or repository."""
+    file = cached_file(
+        model.name_or_path,
+        UNCERTAINTY_FILE,
+        revision=getattr(model.config, "_commit_hash", None),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if file is None else DeferralThreshold.load(file)
 
 
 PIPELINE_REGISTRY.register_pipeline(

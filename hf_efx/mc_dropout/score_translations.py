@@ -17,8 +17,9 @@ from hf_efx.core.data.example_ids import ID_COLUMN, add_example_ids, table_colum
 from hf_efx.core.data.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from hf_efx.core.data.tables import write_arrow
 from hf_efx.core.files import whole_file, write_atomically
-from hf_efx.mc_dropout.threshold import Threshold, deferred, threshold_of
-from hf_efx.mc_dropout.translate import Translation, TranslationOptions, Translator
+from hf_efx.mc_dropout.options import TranslationOptions, checked_threshold
+from hf_efx.mc_dropout.threshold import DeferralThreshold
+from hf_efx.mc_dropout.translate import Translation, Translator
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def score_translations(
     *,
     source_column: str = "source",
     output_dir: str | os.PathLike[str] | None = None,
-    defer_above: float | Threshold | None = None,
+    defer_above: float | DeferralThreshold | None = None,
     batch_size: int = 16,
     options: TranslationOptions | None = None,
     progress: bool = True,
@@ -50,7 +51,7 @@ def score_translations(
         data: Texts, or a data set with a column of them; its other columns are kept, `example_id` keys the masks (rows
             without are numbered).
         source_column: That column.
-        output_dir: Folder of translations.arrow (which `Dataset.from_file` maps), translations.jsonl and settings.json.
+        output_dir: Folder of translations.arrow (for `Dataset.from_file`), translations.jsonl and settings.json.
         defer_above: What is deferred: scores above this, or a threshold that `choose_threshold` made.
         batch_size: Sources that are taken at a time.
         options: How translations and samples are made, and which scores; None for the defaults.
@@ -74,7 +75,7 @@ def score_translations(
         raise ValueError(f"batch_size={batch_size}: expected 1 or more.")
     dataset = _sources(data, source_column)
     translator = Translator(model, tokenizer, options, **generate_kwargs)
-    threshold = threshold_of(defer_above, options, translator.model)
+    threshold = checked_threshold(defer_above, options, translator.model)
     rest = dataset.remove_columns([ID_COLUMN, "source"])
     if taken := sorted(set(rest.column_names) & set(_schema(options).names)):
         raise ValueError(f"the data has a column {taken[0]!r}, which the scores need: rename or remove it.")
@@ -137,7 +138,7 @@ def _row(example: int, one: Translation, options: TranslationOptions, threshold:
         "translation": one.translation,
         "samples": list(one.samples),
         **scores,
-        "deferred": deferred(one.uncertainties[options.uncertainties[0]], threshold),
+        "deferred": None if threshold is None else one.uncertainties[options.uncertainties[0]] > threshold,
         "note": one.note,
     }
 
