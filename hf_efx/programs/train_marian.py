@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_steps=1200,  # number words need no more
         per_device_train_batch_size=64,
         learning_rate=1e-3,
-        lr_scheduler_type="inverse_sqrt",
         warmup_steps=0.1,  # of the run
         train_sampling_strategy="group_by_length",
         predict_with_generate=True,
