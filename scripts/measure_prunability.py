@@ -1,6 +1,6 @@
 """`hf-efx prunability` as a script: how much of a checkpoint's weights its training loss can do without.
 
-    python scripts/measure_prunability.py --model you/model --task text_classification --dataset reviews.csv
+python scripts/measure_prunability.py --model you/model --task text_classification --dataset reviews.csv
 """
 
 import sys

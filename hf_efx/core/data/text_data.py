@@ -4,13 +4,12 @@ Without a source it is the English text that every Python installation carries: 
 the standard library, and the language reference behind `help()`. Only a Hub data set's name asks for a network.
 """
 
-import csv
 import hashlib
 import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,25 +18,16 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hf_efx.core.data.library_text import hash_place, split_of, standard_library_text
+from hf_efx.core.data.library_text import standard_library_text
+from hf_efx.core.data.text_files import column_texts, cut_splits, load_splits, ordered_splits
 
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for it
-_SPLIT_NAMES = {"training": "train", **dict.fromkeys(("valid", "val", "dev", "eval"), "validation")}
-_CSV: dict[str, Any] = {"keep_default_na": False}  # "NA" and "null" are text
-_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    **dict.fromkeys((".txt", ".md", ".rst"), ("text", {})),
-    **dict.fromkeys((".json", ".jsonl"), ("json", {})),
-    ".csv": ("csv", _CSV),
-    ".tsv": ("csv", {**_CSV, "delimiter": "\t", "quoting": csv.QUOTE_NONE}),  # a line is a row, whatever its quotes
-    ".parquet": ("parquet", {}),
-}
 
 
 def load_text(
@@ -66,26 +56,12 @@ def load_text(
             empty, or too little for a validation split.
     """
     if source is None:
-        return _in_order({name: Dataset.from_dict({"text": texts}) for name, texts in standard_library_text().items()})
+        texts = standard_library_text()
+        return ordered_splits({name: Dataset.from_dict({"text": part}) for name, part in texts.items()})
     if sample_by not in ("paragraph", "line", "document"):
         raise ValueError(f"sample_by={sample_by!r}: it is 'paragraph', 'line' or 'document'")
-    source = os.fspath(source)
-    path = Path(source).expanduser()
-    if path.exists():
-        parts = _load_files(path, text_column, sample_by, cache_dir)
-    elif _suffix(path) in _LOADERS or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"source={source!r}: there is no such file or folder")
-    else:
-        parts = _load_from_hub(source, cache_dir)
-    first = next(iter(parts.values()))
-    if len(parts) == 1 and "split" in first.column_names:
-        values = np.array([str(value).lower() for value in first["split"]], object)
-        parts = {name: first.select(np.flatnonzero(values == name)) for name in np.unique(values)}
-        parts = {name: part.remove_columns("split") for name, part in parts.items()}
-    parts = {_SPLIT_NAMES.get(name, str(name)): part for name, part in parts.items()}
-    if "train" not in parts:
-        raise ValueError(f"source={source!r} has no 'train' split, only {sorted(parts)}")
-    return _complete({name: _only_text(part, text_column, source) for name, part in parts.items()}, source)
+    parts = load_splits(source, {"text": text_column}, sample_by, cache_dir)
+    return cut_splits(parts, "text", source)
 
 
 def source_name(source: str | os.PathLike[str] | None) -> str:
@@ -94,100 +70,6 @@ def source_name(source: str | os.PathLike[str] | None) -> str:
         return f"standard library text of Python {platform.python_version()}"
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else os.fspath(source)
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
-
-
-def _load_files(path: Path, text_column: str, sample_by: str, cache_dir: str | None) -> dict[Any, Dataset]:
-    """Reads a file, or a folder's files of one kind: a file named after a split makes that split, all others train."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _suffix(file) in _LOADERS)
-    suffixes = {_suffix(file) for file in files}
-    known = ", ".join(_LOADERS)
-    if not files:
-        raise FileNotFoundError(f"source={str(path)!r}: the folder holds none of {known}")
-    if unknown := suffixes - set(_LOADERS):
-        raise ValueError(f"source={str(path)!r}: unknown suffix {unknown.pop()!r}; known are {known}")
-    kind, options = _LOADERS[min(suffixes)]
-    if any(_LOADERS[suffix] != (kind, options) for suffix in suffixes):
-        raise ValueError(f"source={str(path)!r} mixes {sorted(suffixes)}: name one file, or a folder of one kind")
-    if kind == "text":
-        options = {"sample_by": sample_by}
-    elif kind == "csv":
-        options = {**options, "converters": {text_column: str}}  # "007" is text too
-    names = {"train", "validation", "test", *_SPLIT_NAMES}
-    data_files: dict[str, Any] = {}
-    for file in files:
-        stem = file.name.split(".")[0].lower()
-        split = _SPLIT_NAMES.get(stem, stem) if path.is_dir() and stem in names else "train"
-        data_files.setdefault(split, []).append(str(file))
-    try:
-        return dict(datasets.load_dataset(kind, data_files=data_files, cache_dir=cache_dir, **options))  # type: ignore[call-overload]
-    except (DatasetGenerationError, StopIteration) as error:
-        reason = error.__cause__ or "it is empty"
-        raise ValueError(f"source={str(path)!r} can't be read as {kind}: {reason}") from error
-
-
-def _load_from_hub(source: str, cache_dir: str | None) -> dict[Any, Dataset]:
-    name, _, config = source.partition(":")
-    try:
-        return dict(datasets.load_dataset(name, config or None, cache_dir=cache_dir))
-    except (ConnectionError, FileNotFoundError) as error:
-        raise FileNotFoundError(f"source={source!r} is no file or folder here, and the Hub says: {error}") from error
-
-
-def _only_text(dataset: Dataset, text_column: str, source: str) -> Dataset:
-    """Names the text column `text` and drops rows without text."""
-    if text_column not in dataset.column_names:
-        raise ValueError(
-            f"source={source!r} has no column text_column={text_column!r}; it has {', '.join(dataset.column_names)}"
-        )
-    feature = dataset.features[text_column]
-    if getattr(feature, "dtype", "") not in ("string", "large_string"):
-        raise ValueError(f"source={source!r}: column text_column={text_column!r} holds {feature}, not text")
-    if text_column != "text":
-        if "text" in dataset.column_names:
-            dataset = dataset.remove_columns("text")
-        dataset = dataset.rename_column(text_column, "text")
-    filled = np.fromiter((bool(text and text.strip()) for text in _texts(dataset)), bool, len(dataset))
-    if filled.all():
-        return dataset
-    logger.info("%s: %d of %d rows hold no text and are left out", source, (~filled).sum(), len(dataset))
-    return dataset.select(np.flatnonzero(filled))
-
-
-def _texts(dataset: Dataset) -> Iterator[Any]:
-    for batch in dataset.select_columns("text").iter(1000):
-        yield from batch["text"]  # type: ignore[index]
-
-
-def _complete(parts: dict[str, Dataset], source: str) -> DatasetDict:
-    """Cuts the splits that are missing out of `train`, by the text's hash."""
-    empty = [name for name, part in parts.items() if not len(part)]
-    if empty:
-        raise ValueError(f"source={source!r}: all text of {empty[0]!r} is empty")
-    if "validation" in parts:
-        return _in_order(parts)
-    train = parts["train"]
-    places = np.fromiter((hash_place(text) for text in _texts(train)), float, len(train))
-    splits = np.array([split_of(place) for place in places], object)
-    if not (splits == "validation").any():
-        splits[places == places.min()] = "validation"  # little text: one document must do
-    if "test" in parts or not (splits == "train").any():
-        splits[splits == "test"] = "train"
-    if not (splits == "train").any():
-        raise ValueError(
-            f"source={source!r} holds one document, too little for a validation split: give more text, a validation "
-            "file, a `split` column, or sample_by='line'"
-        )
-    cut = {name: train.select(np.flatnonzero(splits == name)) for name in np.unique(splits)}
-    return _in_order({**parts, **cut})
-
-
-def _in_order(parts: dict[str, Dataset]) -> DatasetDict:
-    first = ["train", "validation", "test"]
-    return DatasetDict([(name, parts[name]) for name in [*first, *sorted(parts)] if name in parts])
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -220,7 +102,8 @@ def train_tokenizer(dataset: Dataset | DatasetDict, vocab_size: int) -> PreTrain
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # bytes that don't occur here are tokens too
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(dataset["train"] if isinstance(dataset, DatasetDict) else dataset), trainer)
+    texts = dataset["train"] if isinstance(dataset, DatasetDict) else dataset
+    tokenizer.train_from_iterator(column_texts(texts, "text"), trainer)
     return _byte_level(tokenizer, use_regex=True)
 
 
