@@ -25,16 +25,15 @@ from selection_runs import (
     BATCH,
     LEARNING_RATE,
     RATIO,
-    Job,
     against_uniform,
     arguments,
     clock_and_curve,
     irreducible_table,
-    run_all,
     thinned,
     train,
     training_flops,
 )
+from study_jobs import Job, run_all
 
 HERE = Path(__file__).parent
 PROXY = "mlp-512"

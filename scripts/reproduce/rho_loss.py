@@ -28,18 +28,17 @@ from selection_runs import (
     IRREDUCIBLE_EPOCHS,
     LEARNING_RATE,
     RATIO,
-    Job,
     against_uniform,
     arguments,
     clock_and_curve,
     cross_fit_table,
     irreducible_table,
     permuted,
-    run_all,
     thinned,
     train,
     training_flops,
 )
+from study_jobs import Job, run_all
 from text_runs import ENCODER, LM, run_encoder, run_lm
 
 HERE = Path(__file__).parent

@@ -1,19 +1,16 @@
-"""What the studies of RHO-LOSS and GoldiProx share: tables, a clock that leaves evaluation out, figures, processes.
+"""What the studies of RHO-LOSS and GoldiProx share: tables, a clock that leaves evaluation out, figures.
 
-Each run trains in a process of its own on one thread. Its seconds are CPU seconds of that process from the Trainer's
-making on: loading, scoring, choosing and steps, without evaluation; other processes on the machine don't change them.
+Each run trains in a process of its own on one thread (`study_jobs`). Its seconds are CPU seconds of that process from
+the Trainer's making on: loading, scoring, choosing and steps, without evaluation; other processes on the machine don't
+change them.
 """
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -255,52 +252,3 @@ def permuted(table: Any, seed: int) -> Any:
 
 def _losses(table: Any) -> np.ndarray:
     return np.asarray(table.with_format("numpy")["irreducible_loss"][:])
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: `configuration` and `seed` name its row, `steps` is for the bar, the rest goes to the function."""
-
-    configuration: str
-    seed: int
-    steps: int
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def run_all(
-    function: Callable[..., dict[str, Any]], jobs: Sequence[Job], rows: Any, workers: int, **common: Any
-) -> None:
-    """Runs what isn't there yet, `workers` runs at a time, with a bar over all their steps.
-
-    Args:
-        function: Called with a job, a queue that takes the steps done, and `common`; at a module's top level.
-        jobs: All of them.
-        rows: The StudyRows.
-        workers: Processes, one thread each.
-        **common: For the function.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    todo = [job for job in jobs if not rows.has((job.configuration, job.seed))]
-    if not todo:
-        return
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
-        Progress(*columns) as bar,
-    ):
-        queue = manager.Queue()
-        task = bar.add_task("steps", total=sum(job.steps for job in todo))
-        waiting = {pool.submit(function, job, queue, **common): job for job in todo}
-        while waiting:
-            for future in [f for f in waiting if f.done()]:
-                job = waiting.pop(future)
-                row = future.result()
-                rows.add((job.configuration, job.seed), row)
-                shown = {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}
-                bar.console.print(f"{job.configuration}, seed {job.seed}: {shown}")
-            bar.advance(task, sum(queue.get() for _ in range(queue.qsize())))
-            time.sleep(0.5)

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from selection_runs import Job, run_all, thinned
+from selection_runs import thinned
 from slice_out_runs import BATCHES, BLOCK, LM, RATES, VOCABULARY, WARMUP, Configuration, prepare, run
+from study_jobs import Job, run_all
 
 HERE = Path(__file__).parent
 PARTS = ("cnn", "lm")

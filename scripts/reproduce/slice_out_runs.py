@@ -17,7 +17,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from selection_runs import Job, clock_and_curve, quiet
+from selection_runs import clock_and_curve, quiet
+from study_jobs import Job
 from torch import nn
 
 IMAGES, TESTED = 2000, 4000

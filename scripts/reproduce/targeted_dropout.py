@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from selection_runs import Job, clock_and_curve, run_all
+from selection_runs import clock_and_curve
 from slice_out_runs import BLOCK, LM, VOCABULARY, ConvNet, cnn_blocks, dataset, evaluation, fit, load, prepare
+from study_jobs import Job, run_all
 from torch import nn
 
 HERE = Path(__file__).parent

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from noisy_images import NOISE
-from selection_runs import Job, arguments, clock_and_curve, train, training_flops
+from selection_runs import arguments, clock_and_curve, train, training_flops
+from study_jobs import Job
 from torch import nn
 
 ENCODER: dict[str, dict[str, Any]] = {
