@@ -195,15 +195,15 @@ def notes(study: Study, sweeps: Sequence[Mapping[str, Any]]) -> list[str]:
     cut = statistics.fmean(sum(map(bool, row["notes"])) / len(row["notes"]) for row in study.rows.values())
     repeated = min(row["repeated"] for row in study.rows.values())
     return [
-        f"Corpus BLEU {mean['bleu_german']:.1f} on German, {mean['bleu_dutch']:.1f} on Dutch (mean over seeds, beam 4); "
-        f"samples are greedy.",
-        f"A threshold that defers {DEFERRED:.0%} of validation sources defers {mean['deferred_german']:.1%} of the German "
-        f"and {mean['deferred_dutch']:.1%} of the Dutch test sources.",
+        f"Corpus BLEU {mean['bleu_german']:.1f} on German, {mean['bleu_dutch']:.1f} on Dutch (mean over seeds, beam "
+        f"4); samples are greedy.",
+        f"A threshold that defers {DEFERRED:.0%} of validation sources defers {mean['deferred_german']:.1%} of the "
+        f"German and {mean['deferred_dutch']:.1%} of the Dutch test sources.",
         f"The first {MAIN} samples of the runs with the most samples are those of a run of {MAIN}, text by text, for "
         f"{repeated:.1%} of the sources at least.",
         f"{cut:.1%} of the answers reached the limit of their length or had their source cut.",
-        "PRR is the prediction-rejection ratio over sentence chrF: BLEU of a corpus has no oracle order. Ties of a score "
-        "are broken by the beam score.",
+        "PRR is the prediction-rejection ratio over sentence chrF: BLEU of a corpus has no oracle order. Ties of a "
+        "score are broken by the beam score.",
         *(f"BLEUVar where {line['configuration']}: mean on German {line['mean_german']:.3f}." for line in sweeps),
     ]
 
@@ -235,9 +235,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help=f"of training (default: {STEPS}; number words: 1,200)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument(
-        "--models", type=Path, help="folder that keeps the trained models (default: deleted in the end)"
-    )
+    parser.add_argument("--models", type=Path, help="folder that keeps the models (default: deleted in the end)")
     parser.add_argument("--output", type=Path, help="results file (default: results/mc_dropout.json here)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 seed, few steps, written to runs/")
     options = parser.parse_args(argv)
@@ -254,7 +252,7 @@ def training(options: argparse.Namespace) -> list[str]:
 
     given = ["--dataset", options.data, "--source_column", "de", "--target_column", "en"] if options.data else []
     more = {"warmup_steps": 400, "max_eval_examples": 400} if options.data else {"max_eval_examples": 100}
-    if options.data and "bf16" in str(machine().get("units", "")):
+    if options.data and "bf16" in machine()["cpu units"]:
         more["bf16"] = "true"
     more |= {"max_steps": options.steps, "save_steps": 100, "save_total_limit": 2, "report_to": "none"}
     flags = ["--use_cpu", "--disable_tqdm", "true"]
@@ -329,8 +327,8 @@ def headline(table: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, A
     ratio = next(one["measured"] for one in claims if "half that BLEUVar keeps" in one["claim"])
     return (
         f"BLEUVar tells Dutch from German sources with an AUROC of {auroc[BLEUVAR]:.3f} (beam score "
-        f"{auroc['beam_score']:.3f}, sequence probability {auroc['sequence_probability']:.3f}); the half that it keeps "
-        f"has {ratio:.1f} x the BLEU of all"
+        f"{auroc['beam_score']:.3f}, sequence probability {auroc['sequence_probability']:.3f}); the half that it "
+        f"keeps has {ratio:.1f} x the BLEU of all"
     )
 
 
