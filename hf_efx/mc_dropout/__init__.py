@@ -15,9 +15,9 @@ from hf_efx.mc_dropout.scores import (
     TokenStatistics,
     compute_uncertainties,
     register_uncertainty,
-    sentence_chrf,
     token_statistics,
 )
+from hf_efx.mc_dropout.similarity import pairwise_chrf, pairwise_rouge_l, sentence_chrf
 from hf_efx.mc_dropout.threshold import DeferralThreshold, choose_threshold
 from hf_efx.mc_dropout.translate import Translation, Translator
 
@@ -38,6 +38,8 @@ __all__ = [
     "detection_report",
     "mbr_choice",
     "pairwise_bleu",
+    "pairwise_chrf",
+    "pairwise_rouge_l",
     "plot_roc",
     "prediction_rejection_ratio",
     "register_uncertainty",

@@ -126,16 +126,16 @@ def prediction_rejection_ratio(
     """
     values = finite_scores(quality, "quality")
     rank = _ranks(len(values), "scores", scores, tie_break)
-    whole = _rejection(_in_order(rank, values))
-    drawn = [_ratio(*_rejection(values[rows])) for rows in _resampled(rank, draws, seed)]
+    whole = _rejection(_in_order(rank, values), values)
+    drawn = [_ratio(*_rejection(values[rows], values[rows])) for rows in _resampled(rank, draws, seed)]
     return PredictionRejection(_ratio(*whole), percentile_interval(np.array(drawn), level) if drawn else None, *whole)
 
 
-def _rejection(ordered: np.ndarray) -> tuple[float, float, float]:
-    """Areas of qualities in this order, in the oracle's, in a random one."""
-    kept = np.arange(1, len(ordered) + 1)
-    areas = [float((values.cumsum() / kept).mean()) for values in (ordered, np.sort(ordered)[::-1])]
-    return areas[0], areas[1], float(ordered.mean())
+def _rejection(ordered: np.ndarray, quality: np.ndarray) -> tuple[float, float, float]:
+    """Areas of the qualities to expect in an order, of the qualities in the oracle's, and in a random one."""
+    kept = np.arange(1, len(quality) + 1)
+    areas = [float((values.cumsum() / kept).mean()) for values in (ordered, np.sort(quality)[::-1])]
+    return areas[0], areas[1], float(quality.mean())
 
 
 def _ratio(area: float, oracle: float, random: float) -> float:

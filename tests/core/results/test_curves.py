@@ -49,6 +49,15 @@ def test_json_gives_the_curve_back(kind: type[FractionCurve]) -> None:
         kind.from_dict({"metric": "accuracy"})
 
 
+def test_intervals_go_with_the_points(tmp_path: Path) -> None:
+    curve = RetentionCurve(((0.5, 2.0), (1.0, 1.0)), "bleu", True, {}, ((1.5, math.inf), (0.5, 1.5)), (1.0, 2.0))
+    assert RetentionCurve.from_dict(json.loads(json.dumps(curve.to_dict(), allow_nan=False))) == curve
+    assert "intervals" not in CURVE.to_dict() and "area_interval" not in CURVE.to_dict()
+    assert curve.plot(tmp_path / "band.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="RetentionCurve: 1 intervals for 2 points"):
+        RetentionCurve(curve.points, "bleu", True, {}, ((0.0, 1.0),))
+
+
 def test_figures_and_results() -> None:
     assert CURVE.figures("eval_") == {
         "eval_accuracy_pruned_0": 1.0,
