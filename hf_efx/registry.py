@@ -208,6 +208,8 @@ _ROWS = (
         year=2020,
         arxiv="2006.08344",
         task="know when a translation is unsure",
+        options=("hf_efx.mc_dropout.program.ScoringOptions", "hf_efx.mc_dropout.options.TranslationOptions"),
+        program="hf_efx.mc_dropout.program.main",
     ),
     Method(
         name="bdl_benchmark",

@@ -7,11 +7,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
-from transformers.utils import cached_file
 
 from hf_efx.mc_dropout.options import TranslationOptions, checked_threshold
 from hf_efx.mc_dropout.sources import text_id
-from hf_efx.mc_dropout.threshold import UNCERTAINTY_FILE, DeferralThreshold
+from hf_efx.mc_dropout.threshold import saved_threshold
 from hf_efx.mc_dropout.translate import Translator
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class TranslationWithUncertaintyPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.threshold = _saved_threshold(self.model)
+        self.threshold = saved_threshold(self.model)
         self._translator: tuple[Any, Translator] | None = None
         self._settings(self._forward_params)  # what can't work is said now
 
@@ -100,18 +99,6 @@ class TranslationWithUncertaintyPipeline(Pipeline):
             self._translator = (options, rest), Translator(self.model, self.tokenizer, options, **rest)
         wanted = self.threshold if defer_above is None else defer_above
         return self._translator[1], checked_threshold(wanted, options, self.model) if options.num_samples else None
-
-
-def _saved_threshold(model: Any) -> DeferralThreshold | None:
-    """What stands in the uncertainty.json beside a model, in its folder or repository."""
-    file = cached_file(
-        model.name_or_path,
-        UNCERTAINTY_FILE,
-        revision=getattr(model.config, "_commit_hash", None),
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if file is None else DeferralThreshold.load(file)
 
 
 PIPELINE_REGISTRY.register_pipeline(

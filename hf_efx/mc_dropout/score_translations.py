@@ -18,7 +18,7 @@ from hf_efx.core.data.fingerprints import data_fingerprint, tokenizer_fingerprin
 from hf_efx.core.data.tables import write_arrow
 from hf_efx.core.files import whole_file, write_atomically
 from hf_efx.mc_dropout.options import TranslationOptions, checked_threshold
-from hf_efx.mc_dropout.threshold import DeferralThreshold
+from hf_efx.mc_dropout.threshold import DeferralThreshold, choose_threshold
 from hf_efx.mc_dropout.translate import Translation, Translator
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def score_translations(
     source_column: str = "source",
     output_dir: str | os.PathLike[str] | None = None,
     defer_above: float | DeferralThreshold | None = None,
+    defer_share: float | None = None,
     batch_size: int = 16,
     options: TranslationOptions | None = None,
     progress: bool = True,
@@ -53,6 +54,8 @@ def score_translations(
         source_column: That column.
         output_dir: Folder of translations.arrow (for `Dataset.from_file`), translations.jsonl and settings.json.
         defer_above: What is deferred: scores above this, or a threshold that `choose_threshold` made.
+        defer_share: Instead, the share of these sources that is deferred. The threshold that does is written into
+            the folder as uncertainty.json: beside the model's files the pipeline takes it from there.
         batch_size: Sources that are taken at a time.
         options: How translations and samples are made, and which scores; None for the defaults.
         progress: Whether to show a bar.
@@ -75,6 +78,10 @@ def score_translations(
         raise ValueError(f"batch_size={batch_size}: expected 1 or more.")
     dataset = _sources(data, source_column)
     translator = Translator(model, tokenizer, options, **generate_kwargs)
+    if defer_above is not None and defer_share is not None:
+        raise ValueError(f"defer_above={defer_above!r} and defer_share={defer_share!r}: give one of them.")
+    if defer_share is not None and not 0 < defer_share < 1:
+        raise ValueError(f"defer_share={defer_share!r}: expected a share above 0 and below 1.")
     threshold = checked_threshold(defer_above, options, translator.model)
     rest = dataset.remove_columns([ID_COLUMN, "source"])
     if taken := sorted(set(rest.column_names) & set(_schema(options).names)):
@@ -82,7 +89,6 @@ def score_translations(
     settings = {
         "options": dataclasses.asdict(options) | {"max_batch_rows": None},
         "generate": {key: repr(value) for key, value in sorted(generate_kwargs.items())},
-        "defer_above": threshold,
         "model": weights_fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": data_fingerprint(dataset, ["source"]),
@@ -96,9 +102,26 @@ def score_translations(
         for start in range(0, len(left), batch_size):
             places = left[start : start + batch_size]
             found = translator([texts[i] for i in places], [ids[i] for i in places])
-            rows.add([_row(ids[i], one, options, threshold) for i, one in zip(places, found, strict=True)])
+            rows.add([_row(ids[i], one) for i, one in zip(places, found, strict=True)])
             bar.update(len(places))
-    return rows.finish(ids, rest, _schema(options))
+    done = [rows.done[i] for i in ids]
+    if defer_share is not None:
+        threshold = _chosen(done, defer_share, options, settings["model"], rows.folder)
+    for row in done:
+        score = row[options.uncertainties[0]]
+        row["deferred"] = None if threshold is None else score is not None and score > threshold
+    return rows.finish(done, rest, _schema(options))
+
+
+def _chosen(rows: list[dict[str, Any]], share: float, options: TranslationOptions, model: str, folder: Any) -> float:
+    """The threshold that defers this share, which goes into the folder."""
+    name = options.uncertainties[0]
+    scores = [row[name] for row in rows if row[name] is not None]
+    made = {"score": name, "num_samples": options.num_samples, "masks": options.masks, "model": model}
+    threshold = choose_threshold(scores, share, **made)
+    if folder is not None:
+        threshold.save(folder)
+    return threshold.defer_above
 
 
 def _with_fields(
@@ -130,7 +153,7 @@ def _sources(data: Sequence[str] | Dataset, column: str) -> Dataset:
     return add_example_ids(dataset)
 
 
-def _row(example: int, one: Translation, options: TranslationOptions, threshold: Any) -> dict[str, Any]:
+def _row(example: int, one: Translation) -> dict[str, Any]:
     scores = {name: None if math.isnan(value) else value for name, value in one.uncertainties.items()}
     return {
         ID_COLUMN: example,
@@ -138,7 +161,6 @@ def _row(example: int, one: Translation, options: TranslationOptions, threshold:
         "translation": one.translation,
         "samples": list(one.samples),
         **scores,
-        "deferred": None if threshold is None else one.uncertainties[options.uncertainties[0]] > threshold,
         "note": one.note,
     }
 
@@ -196,9 +218,8 @@ class _Rows:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def finish(self, ids: Sequence[int], rest: Dataset, schema: pa.Schema) -> Dataset:
-        """The table in the data's order, written into the folder if there is one."""
-        rows = [self.done[i] for i in ids]
+    def finish(self, rows: list[dict[str, Any]], rest: Dataset, schema: pa.Schema) -> Dataset:
+        """The table of these rows, written into the folder if there is one."""
         table = pa.Table.from_pylist(rows, schema)
         for name in (f.name for f in schema if pa.types.is_float64(f.type)):
             at = table.column_names.index(name)

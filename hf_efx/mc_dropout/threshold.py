@@ -122,6 +122,25 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def saved_threshold(model: Any) -> DeferralThreshold | None:
+    """The threshold in the uncertainty.json beside a transformers model, in its folder or repository; None for none.
+
+    Raises:
+        ValueError: If it can't be read.
+    """
+    from transformers.utils import cached_file  # here: the rest of this file needs no transformers
+
+    file = model.name_or_path and cached_file(
+        model.name_or_path,
+        UNCERTAINTY_FILE,
+        revision=getattr(model.config, "_commit_hash", None),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return DeferralThreshold.load(file) if file else None
+
+
 def choose_threshold(
     scores: Scores,
     share: float = 0.1,

@@ -24,7 +24,7 @@ from mc_dropout_runs import ANSWER_SCORES, MAIN, SWEEPS, run, study_pairs
 from study_jobs import Job, run_all
 
 HERE = Path(__file__).parent
-STEPS = 3000  # of a model on strings
+STEPS = 1800  # of a model on strings
 KEPT = (0.1, 0.25, 0.5, 0.75, 1.0)
 LENGTHS = ((1, 5), (6, 8), (9, 14), (15, 10**9))  # English words
 BLEUVAR = f"bleuvar, N = {MAIN}"
@@ -251,7 +251,7 @@ def training(options: argparse.Namespace) -> list[str]:
     from hf_efx.core.results.evidence import machine
 
     given = ["--dataset", options.data, "--source_column", "de", "--target_column", "en"] if options.data else []
-    more = {"warmup_steps": 400, "max_eval_examples": 400} if options.data else {"max_eval_examples": 100}
+    more = {"warmup_steps": 300, "max_eval_examples": 400} if options.data else {"max_eval_examples": 100}
     if options.data and "bf16" in machine()["cpu units"]:
         more["bf16"] = "true"
     more |= {"max_steps": options.steps, "save_steps": 100, "save_total_limit": 2, "report_to": "none"}

@@ -48,6 +48,42 @@ def load_splits(
         FileNotFoundError: If the source isn't there.
         ValueError: If it can't be read, has no train split, or lacks a column of text.
     """
+    parts = _own_splits(source, columns, sample_by, cache_dir)
+    if "train" not in parts:
+        raise ValueError(f"source={source!r} has no 'train' split, only {sorted(parts)}")
+    return {name: text_columns(part, columns, source) for name, part in parts.items()}
+
+
+def load_rows(
+    source: str | os.PathLike[str], columns: Mapping[str, str], split: str | None = None, cache_dir: str | None = None
+) -> Dataset:
+    """Loads all rows of a source, or those of a split, in their order, empty ones too.
+
+    Args:
+        source: As in `load_splits`; of plain text a line is a row.
+        columns: As in `load_splits`; a column that isn't named is looked for under the fixed name, of plain text
+            under "text".
+        split: Which; None for all together.
+        cache_dir: As in `load_text`.
+
+    Raises:
+        FileNotFoundError: If the source isn't there.
+        ValueError: If it can't be read, lacks a column of text or the split.
+    """
+    source = os.fspath(source)
+    plain = _LOADERS.get(_suffix(Path(source)), ("",))[0] == "text"
+    columns = {"source": "text" if plain else "source", **columns}
+    parts = _own_splits(source, columns, "line", cache_dir)
+    if split is not None and split not in parts:
+        raise ValueError(f"source={source!r} has no split {split!r}, only {', '.join(parts)}")
+    chosen = list(parts.values()) if split is None else [parts[split]]
+    return datasets.concatenate_datasets([text_columns(part, columns, source, drop_empty=False) for part in chosen])
+
+
+def _own_splits(
+    source: str | os.PathLike[str], columns: Mapping[str, str], sample_by: str, cache_dir: str | None
+) -> dict[str, Dataset]:
+    """The splits that a source has, by their usual names."""
     source = os.fspath(source)
     path = Path(source).expanduser()
     if path.exists():
@@ -62,9 +98,7 @@ def load_splits(
         parts = {name: first.select(np.flatnonzero(values == name)) for name in np.unique(values)}
         parts = {name: part.remove_columns("split") for name, part in parts.items()}
     parts = {_SPLIT_NAMES.get(name, str(name)): part for name, part in parts.items()}
-    if "train" not in parts:
-        raise ValueError(f"source={source!r} has no 'train' split, only {sorted(parts)}")
-    return {name: text_columns(part, columns, source) for name, part in parts.items()}
+    return parts
 
 
 def _suffix(path: Path) -> str:
@@ -126,13 +160,14 @@ def _load_from_hub(source: str, cache_dir: str | None) -> dict[Any, Dataset]:
         raise FileNotFoundError(f"source={source!r} is no file or folder here, and the Hub says: {error}") from error
 
 
-def text_columns(dataset: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
+def text_columns(dataset: Dataset, columns: Mapping[str, str], source: str, drop_empty: bool = True) -> Dataset:
     """Names the text columns and drops rows that lack a text in one of them, counted in the log.
 
     Args:
         dataset: A split.
         columns: As in `load_splits`.
         source: Its name, for errors.
+        drop_empty: Whether to drop such rows.
 
     Raises:
         ValueError: If a column is missing or holds no text.
@@ -151,6 +186,8 @@ def text_columns(dataset: Dataset, columns: Mapping[str, str], source: str) -> D
     kept = set(columns.values())
     dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names and name not in kept])
     dataset = dataset.rename_columns({column: name for name, column in columns.items() if column != name})
+    if not drop_empty:
+        return dataset
     filled = np.ones(len(dataset), bool)
     for name in columns:
         filled &= np.fromiter(
