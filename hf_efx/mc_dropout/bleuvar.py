@@ -46,14 +46,17 @@ def sentence_bleu_metric() -> Any:
     return mt_metrics().BLEU(tokenize="13a", smooth_method="exp", effective_order=True)
 
 
-def bleu_signature() -> str:
+def bleu_signature(corpus: bool = False) -> str:
     """sacrebleu's signature of the BLEU in `pairwise_bleu` and `bleuvar`, for what is published.
+
+    Args:
+        corpus: That of the BLEU in `retention_curves` instead.
 
     Raises:
         ImportError: If sacrebleu isn't installed.
     """
-    metric = sentence_bleu_metric()
-    metric.sentence_score("", [""])  # a signature says how many references there were
+    metric = mt_metrics().BLEU(tokenize="13a", smooth_method="exp", effective_order=not corpus)
+    metric.corpus_score([""], [[""]])  # a signature says how many references there were
     return str(metric.get_signature())
 
 
@@ -195,7 +198,7 @@ def bleuvar(
 
     def one(texts: Sequence[str]) -> float:
         pairs = len(texts) * (len(texts) - 1)
-        total = float(np.square(1 - pairwise_bleu(texts)).sum())
+        total = math.fsum(np.square(1 - pairwise_bleu(texts)).flat)  # exact: the samples' order changes nothing
         return total / pairs if reduction == "mean" else total
 
     return over_sources(samples, one, "bleuvar")

@@ -165,6 +165,8 @@ def finite_scores(scores: Any, name: str) -> np.ndarray:
     Raises:
         ValueError: If there are none, or one isn't finite.
     """
+    if isinstance(scores, Mapping):
+        raise ValueError(f"{name}={list(scores)}: expected the numbers of one score.")
     values = np.asarray(scores, np.float64)
     wrong = int((~np.isfinite(values)).sum())
     if wrong or not values.size or values.ndim not in (1, 2):

@@ -8,7 +8,7 @@ import numpy as np
 
 from hf_efx.core.results.curves import RetentionCurve
 from hf_efx.core.results.statistics import Interval, percentile_interval
-from hf_efx.mc_dropout.bleuvar import MAX_ORDER, bleu_from_counts, ngram_ids, tokens
+from hf_efx.mc_dropout.bleuvar import MAX_ORDER, bleu_from_counts, bleu_signature, ngram_ids, tokens
 from hf_efx.mc_dropout.detection import Scores, finite_scores
 
 FRACTIONS = tuple(step / 20 for step in range(1, 21))
@@ -68,6 +68,8 @@ def retention_curves(
         ImportError: If sacrebleu isn't installed; it names the extra that installs it.
         ValueError: For a score that isn't finite, lengths that differ, an unknown `tie_break`, wrong fractions.
     """
+    if not isinstance(scores, Mapping):
+        raise ValueError("retention_curves: scores: expected the scores by name, such as {'bleuvar': scores}.")
     fractions = tuple(sorted({float(fraction) for fraction in fractions}))
     if not fractions or not (fractions[0] > 0 and fractions[-1] <= 1):
         raise ValueError(f"fractions={list(fractions)}: expected shares to keep, above 0 up to 1.")
@@ -79,7 +81,8 @@ def retention_curves(
     def bleu(ordered: np.ndarray) -> np.ndarray:
         return _corpus_bleu(ordered.cumsum(0)[kept])
 
-    settings = {"level": level, "draws": draws, "sources": len(counts), "tie_break": tie_break}
+    settings = {"sources": len(counts), "tie_break": tie_break, "draws": draws, "seed": seed, "level": level}
+    settings["signature"] = bleu_signature(corpus=True)
     curves = {}
     for name, values in scores.items():
         rank = _ranks(len(counts), name, values, None if tie_break is None else scores[tie_break])
@@ -106,8 +109,8 @@ def prediction_rejection_ratio(
     seed: int = 0,
     level: float = 0.95,
 ) -> PredictionRejection:
-    """How well a score orders sources by quality, between a random order and the order by quality itself (Malinin and
-    Gales 2021, arXiv 2002.07650).
+    """How well a score orders sources by quality, between a random order and the order by quality itself (as in
+    Malinin and Gales 2021, arXiv 2002.07650).
 
     It needs a quality of each source by itself, whose mean is what is kept: take `sentence_chrf(hypotheses,
     references)`. Corpus BLEU, which `retention_curves` show, is no such mean and has no oracle order.

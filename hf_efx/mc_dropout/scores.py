@@ -237,7 +237,7 @@ def chrf(texts: Sequence[str] | Sequence[Sequence[str]] | SampledTexts) -> float
 def _mean_of_pairs(similarity: np.ndarray) -> float:
     """Over i != j; the diagonal is 1. Exactly 1 where all are."""
     n = len(similarity)
-    return float((similarity.sum() - n) / (n * (n - 1)))
+    return (math.fsum(similarity.flat) - n) / (n * (n - 1))
 
 
 UNCERTAINTIES: dict[str, Uncertainty] = {

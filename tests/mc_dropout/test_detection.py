@@ -84,6 +84,8 @@ def test_wrong_detection_input_is_refused() -> None:
         detection_report([0.1, math.nan], [True, False])
     with pytest.raises(ValueError, match=r"scores of shape \[2\] and is_shifted of 3"):
         detection_report([0.1, 0.2], [True, False, True])
+    with pytest.raises(ValueError, match=r"scores=\['bleuvar'\]: expected the numbers of one score"):
+        detection_report({"bleuvar": SCORES}, SHIFTED)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected true or false"):
         detection_report([0.1, 0.2], [1, 2])
     with pytest.raises(ValueError, match="2 of 2 shifted: expected a draw, both kinds"):
@@ -108,6 +110,7 @@ def test_curves_are_sacrebleus_corpus_bleu_of_what_is_kept() -> None:
         theirs = BLEU().corpus_score([hypotheses[i] for i in kept], [[references[i] for i in kept]])
         assert value == pytest.approx(theirs.score, abs=1e-9), fraction
     assert curve.fractions[0] == 0.05 and curve.fractions[-1] == 1.0 and curve.metric == "bleu"
+    assert "eff:no|tok:13a|smooth:exp" in curve.settings["signature"] and curve.settings["sources"] == 40
 
 
 def test_ties_depend_on_no_order_and_are_broken_by_a_second_score() -> None:
@@ -147,6 +150,8 @@ def test_texts_without_a_match_or_a_token_have_bleu_zero() -> None:
 
 def test_wrong_retention_input_is_refused() -> None:
     texts = ["a", "b"]
+    with pytest.raises(ValueError, match="expected the scores by name"):
+        retention_curves([0, 1], texts, texts)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="2 hypotheses and 1 references"):
         retention_curves({"one": [0, 1]}, texts, ["a"])
     with pytest.raises(ValueError, match=r"hold \['a'\]: expected texts, one reference for each"):
