@@ -8,7 +8,6 @@ from hf_efx.mc_dropout.bleuvar import bleuvar, mbr_choice, pairwise_bleu
 from hf_efx.mc_dropout.detection import Detection, detection_difference, detection_report, plot_roc
 from hf_efx.mc_dropout.options import TranslationOptions
 from hf_efx.mc_dropout.retention import PredictionRejection, prediction_rejection_ratio, retention_curves
-from hf_efx.mc_dropout.score_translations import score_translations
 from hf_efx.mc_dropout.scores import (
     UNCERTAINTIES,
     Evidence,
@@ -20,6 +19,7 @@ from hf_efx.mc_dropout.scores import (
 from hf_efx.mc_dropout.similarity import pairwise_chrf, pairwise_rouge_l, sentence_chrf
 from hf_efx.mc_dropout.threshold import DeferralThreshold, choose_threshold
 from hf_efx.mc_dropout.translate import Translation, Translator
+from hf_efx.mc_dropout.translation_table import score_translations
 
 __all__ = [
     "UNCERTAINTIES",

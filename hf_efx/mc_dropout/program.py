@@ -28,9 +28,9 @@ from hf_efx.core.results.curves import plot_curves
 from hf_efx.core.results.evidence import print_results, write_results
 from hf_efx.mc_dropout.options import TranslationOptions
 from hf_efx.mc_dropout.retention import retention_curves
-from hf_efx.mc_dropout.score_translations import JSON_LINES, score_translations
 from hf_efx.mc_dropout.threshold import saved_threshold
 from hf_efx.mc_dropout.translate import EMPTY
+from hf_efx.mc_dropout.translation_table import JSON_LINES, score_translations
 from hf_efx.programs.frame import not_the_input, run_program
 from hf_efx.programs.model_options import checkpoint_config
 
@@ -188,7 +188,7 @@ def _write(
 ) -> None:
     """Results, with BLEU and a plot of it where there are translations to compare with."""
     name = NUMBER_WORDS if options.dataset is None else source_name(options.dataset)
-    scored = table.filter(lambda note: note != EMPTY, input_columns="note")
+    scored = table.select(np.flatnonzero(np.array(table["note"][:]) != EMPTY))
     figures = {key: float(np.mean(scored[key][:])) for key in translation.uncertainties}
     if None not in scored["deferred"][:]:
         figures["deferred"] = float(np.mean(scored["deferred"][:]))

@@ -194,9 +194,10 @@ class _Rows:
             write_atomically(folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
     def _check(self, there: dict[str, Any]) -> None:
-        here = json.loads(json.dumps(self.settings))
+        there, here = ({**one, **one.get("options", {}), "options": None} for one in (there, self.settings))
+        here = json.loads(json.dumps(here))
         if changed := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
-            shown = ", ".join(f"{key}: {there.get(key)!r}, now {here.get(key)!r}" for key in changed)
+            shown = ", ".join(f"{key}={there.get(key)!r}, now {here.get(key)!r}" for key in changed)
             raise ValueError(
                 f"output_dir={str(self.folder)!r} holds translations made otherwise ({shown}): use those settings, or "
                 f"name another folder."
