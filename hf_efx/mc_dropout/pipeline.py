@@ -6,7 +6,8 @@ import os
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import Pipeline
 
 from hf_efx.mc_dropout.options import TranslationOptions, checked_threshold
 from hf_efx.mc_dropout.sources import text_id
@@ -104,6 +105,6 @@ class TranslationWithUncertaintyPipeline(Pipeline):
 PIPELINE_REGISTRY.register_pipeline(
     TASK,
     pipeline_class=TranslationWithUncertaintyPipeline,
-    pt_model=(AutoModelForSeq2SeqLM, AutoModelForCausalLM),
+    pt_model=(AutoModelForSeq2SeqLM, AutoModelForCausalLM),  # pyright: ignore[reportArgumentType]
     type="text",
 )

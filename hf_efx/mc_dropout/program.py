@@ -124,7 +124,7 @@ def translate_main(argv: Sequence[str] | None = None) -> int:
 
 def _program(command: str, options: ScoringOptions, translation: TranslationOptions) -> None:
     name = str(options.model_name_or_path)
-    kind = AutoModelForSeq2SeqLM if checkpoint_config(name).is_encoder_decoder else AutoModelForCausalLM
+    kind: Any = AutoModelForSeq2SeqLM if checkpoint_config(name).is_encoder_decoder else AutoModelForCausalLM
     data = _data(options)
     device = options.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     model, tokenizer = kind.from_pretrained(name).to(device), AutoTokenizer.from_pretrained(name)

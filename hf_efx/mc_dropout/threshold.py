@@ -128,7 +128,7 @@ def saved_threshold(model: Any) -> DeferralThreshold | None:
     Raises:
         ValueError: If it can't be read.
     """
-    from transformers.utils import cached_file  # here: the rest of this file needs no transformers
+    from transformers.utils.hub import cached_file  # here: the rest of this file needs no transformers
 
     file = model.name_or_path and cached_file(
         model.name_or_path,

@@ -73,7 +73,8 @@ class Translator:
 
     def __init__(self, model: Any, tokenizer: Any, options: TranslationOptions | None = None, **generate_kwargs: Any):
         self.options = options or TranslationOptions()
-        self.model, self.tokenizer = unwrap_model(model), tokenizer
+        self.model: Any = unwrap_model(model)
+        self.tokenizer = tokenizer
         base = base_model(self.model)
         if not base.can_generate():
             raise ValueError(f"{type(base).__name__} doesn't generate: load a model for seq2seq or causal LM.")

@@ -41,7 +41,7 @@ def _first(text: str) -> int:
     return int(text.split()[0])
 
 
-def _mean(table: Sequence[Mapping[str, Any]], name: str, key: str = "auroc") -> tuple[float, float, float]:
+def _mean(table: Sequence[Mapping[str, Any]], name: str, key: str = "auroc") -> tuple[float, ...]:
     """Mean over seeds, the lowest and the highest."""
     values = [line[key] for line in table if line["configuration"] == name]
     return (statistics.fmean(values), min(values), max(values)) if values else (np.nan,) * 3
