@@ -368,7 +368,9 @@ def _as_ids(ids: Any, n: int) -> torch.Tensor:
         return torch.arange(n)
     identities = torch.as_tensor(ids).cpu()
     if identities.shape != (n,) or identities.is_floating_point() or identities.dtype == torch.bool:
-        raise ValueError(f"ids of shape {list(identities.shape)}, {identities.dtype}: give one integer for each of {n} rows")
+        raise ValueError(
+            f"ids of shape {list(identities.shape)}, {identities.dtype}: give one integer for each of {n} rows"
+        )
     return identities.long()
 
 
@@ -383,10 +385,16 @@ def _uncompiled(model: nn.Module) -> Any:
     """The model inside its wrappers; says once where it was compiled."""
     inner = unwrap_model(model)
     if inner is not model and inner not in _said:
-        logger.warning("%s is sampled outside its wrappers, %s, which would hide its dropout", type(inner).__name__, type(model).__name__)
+        logger.warning(
+            "%s is sampled outside its wrappers, %s, which would hide its dropout",
+            type(inner).__name__,
+            type(model).__name__,
+        )
         _said.add(inner)
     if any(type(module).__name__ == "OptimizedModule" for module in inner.modules()):
-        raise ValueError(f"a part of {type(inner).__name__} is compiled, which hides its dropout: compile it as a whole")
+        raise ValueError(
+            f"a part of {type(inner).__name__} is compiled, which hides its dropout: compile it as a whole"
+        )
     return inner
 
 
@@ -401,7 +409,9 @@ def _chosen(model: nn.Module, sites: str | Sequence[str] | None) -> set[str] | N
         found = {entry: [name for name in names if f".{entry}." in f".{name}."] for entry in sites}
     for entry, matched in found.items():
         if not matched:
-            raise ValueError(f"sites: {entry!r} matches no module of {type(model).__name__}, such as {names[len(names) // 2]!r}")
+            raise ValueError(
+                f"sites: {entry!r} matches no module of {type(model).__name__}, such as {names[len(names) // 2]!r}"
+            )
     return {name for matched in found.values() for name in matched}
 
 
@@ -431,7 +441,7 @@ def _rate_fields(model: nn.Module) -> dict[str, Any]:
         for name, value in values.items():
             if isinstance(value, Mapping):
                 collect(value)
-            elif ("dropout" in name or name.endswith("pdrop")) and not isinstance(value, (bool, str)):
+            elif "dropout" in (name := str(name)) or name.endswith("pdrop"):  # labels are named by numbers
                 found[name] = max(found.get(name) or 0, value or 0)
 
     collect({} if config is None else config.to_dict())
