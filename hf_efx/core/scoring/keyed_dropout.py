@@ -71,6 +71,14 @@ class KeyedDropout(TorchFunctionMode):
         config = getattr(base, "config", None)
         if getattr(config, "model_type", None) in _TIME_MAJOR:
             raise ValueError(f"{type(base).__name__} doesn't keep rows first, so that its masks can't be keyed by row")
+        for module in model.modules():
+            part = vars(module).get("config")
+            kernel = getattr(part, "_attn_implementation", None)
+            if kernel not in (None, "eager", "sdpa") and getattr(part, "attention_dropout", 0):
+                raise ValueError(
+                    f"attention_dropout={part.attention_dropout} in {kernel} attention, whose masks can't be keyed: call "
+                    f"model.set_attn_implementation('sdpa') first"
+                )
         self._units: list[nn.Module] = [base]
         if getattr(config, "is_encoder_decoder", False):
             self._units += [base.get_encoder(), base.get_decoder()]
@@ -181,7 +189,10 @@ class KeyedDropout(TorchFunctionMode):
             scores = scores.masked_fill(~attn_mask, lowest)
         elif attn_mask is not None:
             scores = scores + attn_mask
-        return self._dropout(scores.softmax(-1), dropout_p) @ value
+        weights = scores.softmax(-1)
+        if self._calls[-1].width == 1:  # transformers lays the heads that share keys out as queries of one step
+            return self._dropout(weights.flatten(1, 2)[:, :, None], dropout_p).view_as(weights) @ value
+        return self._dropout(weights, dropout_p) @ value
 
     def _draw(self, input: torch.Tensor, num_samples: int, *_: Any, **__: Any) -> torch.Tensor:
         if num_samples != 1 or len(input) != len(self._keys):

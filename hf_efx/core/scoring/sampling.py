@@ -439,7 +439,7 @@ def _rate_fields(model: nn.Module) -> dict[str, Any]:
         for name, value in values.items():
             if isinstance(value, Mapping):
                 collect(value)
-            elif ("dropout" in name or name.endswith("pdrop")) and not isinstance(value, (bool, str)):
+            elif "dropout" in (name := str(name)) or name.endswith("pdrop"):  # labels are named by numbers
                 found[name] = max(found.get(name) or 0, value or 0)
 
     collect({} if config is None else config.to_dict())
