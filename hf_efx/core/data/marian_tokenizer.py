@@ -59,8 +59,8 @@ def train_marian_tokenizer(
         (staging / "joint.vocab").unlink()
         (staging / "source.spm").write_bytes((staging / "joint.model").read_bytes())
         (staging / "joint.model").rename(staging / "target.spm")
-        files = {name: str(staging / f"{name.replace('_', '.')}") for name in ("source_spm", "target_spm")}
-        tokenizer = MarianTokenizer(**files, vocab=str(staging / "vocab.json"), model_max_length=max_length)
+        files = [str(staging / name) for name in ("source.spm", "target.spm", "vocab.json")]
+        tokenizer = MarianTokenizer(*files, model_max_length=max_length)
         tokenizer.save_pretrained(staging)
         replace_folder(staging, folder)
     return MarianTokenizer.from_pretrained(folder)
