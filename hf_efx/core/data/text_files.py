@@ -64,16 +64,23 @@ def load_splits(
     parts = {_SPLIT_NAMES.get(name, str(name)): part for name, part in parts.items()}
     if "train" not in parts:
         raise ValueError(f"source={source!r} has no 'train' split, only {sorted(parts)}")
-    return {name: text_columns(part, columns, source) for name, part in parts.items()}
+    try:
+        return {name: text_columns(part, columns, source) for name, part in parts.items()}
+    except UnicodeDecodeError as error:  # Arrow reads JSON without a look at it
+        raise ValueError(f"source={source!r} can't be read: {_no_utf8(_files(path)) or error}") from error
 
 
 def _suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if _suffix(file) in _LOADERS)
+
+
 def _load_files(path: Path, columns: Mapping[str, str], sample_by: str, cache_dir: str | None) -> dict[Any, Dataset]:
     """Reads a file, or a folder's files of one kind: a file named after a split makes that split, all others train."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _suffix(file) in _LOADERS)
+    files = _files(path)
     suffixes = {_suffix(file) for file in files}
     known = ", ".join(_LOADERS)
     if not files:
@@ -105,15 +112,15 @@ def _no_utf8(files: Iterable[Path]) -> str | None:
     for file in files:
         read, decoder = 0, codecs.getincrementaldecoder("utf-8")()
         with gzip.open(file) if file.suffix.lower() == ".gz" else open(file, "rb") as stream:
-            for block in iter(lambda: stream.read(2**20), b""):
+            for block in iter(lambda: stream.read(2**20), None):
                 held = len(decoder.getstate()[0])
                 try:
-                    decoder.decode(block)
+                    decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
-                    byte = read - held + error.start
-                    return (
-                        f"{file.name} isn't UTF-8 from byte {byte} on (0x{error.object[error.start]:02x}); convert it"
-                    )
+                    byte, value = read - held + error.start, error.object[error.start]
+                    return f"{file.name} isn't UTF-8 from byte {byte} on (0x{value:02x}): convert it"
+                if not block:
+                    break
                 read += len(block)
     return None
 
