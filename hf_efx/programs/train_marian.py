@@ -32,6 +32,9 @@ class MarianArguments(EfxArgumentsMixin, Seq2SeqTrainingArguments):
         super().__post_init__()
         if not self.predict_with_generate:
             raise ValueError("predict_with_generate=False leaves an evaluation without its BLEU: leave it out.")
+        for name, least in (("generation_num_beams", 1), ("generation_max_length", 2)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name}={value}: expected {least} or more.")
 
 
 class MarianTrainer(EfxTrainerMixin, Seq2SeqTrainer):

@@ -172,6 +172,9 @@ class TranslationTask(LearningTask):
                 f"max_length={self.max_length} is above the model's {model.config.max_position_embeddings} positions: "
                 f"lower it, or, from scratch, raise max_position_embeddings in config_overrides."
             )
+        # Its loss is the batch's mean, whatever num_items_in_batch says: with that the Trainer would neither divide by
+        # gradient_accumulation_steps nor spare it the factor of the processes.
+        model.accepts_loss_kwargs = False
         model.generation_config.max_length = self.max_length
         return model
 
