@@ -15,6 +15,8 @@ from hf_efx.registry import METHODS
 
 MODEL = "embedding_size=4,hidden_sizes=[4,8],depths=[1,1],layer_type=basic"
 IMAGES = ["--task", "image_classification", "--model_type", "resnet", "--config_overrides", MODEL]
+MARIAN = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=16,decoder_ffn_dim=16"
+PAIRS = ["--source_column", "de", "--target_column", "en", "--vocab_size", "32", "--max_length", "12"]
 GPT2 = "n_layer=2,n_embd=16,n_positions=32"
 QUIET = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none"]
 
@@ -41,9 +43,19 @@ def write_text(file: Path, paragraphs: int = 150) -> Path:
     return file
 
 
+def write_pairs(file: Path, pairs: int = 120) -> Path:
+    """Pairs of some words each, in two columns."""
+    words = ("eins one", "zwei two", "drei three", "vier four", "f\u00fcnf five", "sechs six", "sieben seven")
+    rows = [[words[i % 7], *(words[(i // 7 + k) % 7] for k in range(i % 4))] for i in range(pairs)]
+    lines = ["\t".join(" ".join(word.split()[side] for word in row) for side in (0, 1)) for row in rows]
+    file.write_text("\n".join(["de\ten", *lines]) + "\n", encoding="utf-8")
+    return file
+
+
 def program_of(name: str) -> Callable[[list[str]], int]:
-    """The function behind a program: `low_rank`, or `targeted_dropout.prune_main`."""
-    path = str(METHODS[name].program) if name in METHODS else f"hf_efx.{name.replace('.', '.program.')}"
+    """The function behind a program: `low_rank`, `targeted_dropout.prune_main`, or `train_marian` of no method."""
+    path = f"hf_efx.{name.replace('.', '.program.')}" if "." in name else f"hf_efx.programs.{name}.main"
+    path = str(METHODS[name].program) if name in METHODS else path
     module, _, function = path.rpartition(".")
     return getattr(importlib.import_module(module), function)
 

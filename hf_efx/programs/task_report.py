@@ -30,6 +30,7 @@ class Report:
     """What a method's program has to say of its runs.
 
     Attributes:
+        title: Of the results; without it the method and the data.
         configuration: The method's settings.
         note: Further sentences of the card.
         baseline: The run whose best the others are compared with, if there is one.
@@ -39,6 +40,7 @@ class Report:
         draw: Draws it, from the runs, the metric and the path.
     """
 
+    title: str = ""
     configuration: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     baseline: str | None = None
@@ -80,7 +82,7 @@ def _write(job: TaskJob, trainer: Any, runs: Sequence[Run], report: Report) -> N
     training |= {"steps": runs[0].figures["steps"], "processes": args.world_size, **job.settings, **report.settings}
     results = write_results(
         job.folder / RESULTS,
-        title=f"{METHODS[job.method].title} on {task.name}",
+        title=report.title or f"{METHODS[job.method].title} on {task.name}",
         command=job.command,
         data={"name": task.name, "fingerprint": data_fingerprint(task.train, task.fingerprint_columns)},
         seeds=[args.seed],
@@ -227,6 +229,7 @@ def write_task_card(
         task: What it was trained and evaluated on.
         figures: Of its run.
         method: By which it was trained, as in the registry; `configuration` is empty where it wasn't.
+        title: Of the results; without it the method and the data.
         configuration: The method's settings.
         note: Further sentences of the description.
         **parts: Further parts of the card, as `write_model_card` takes them.

@@ -32,6 +32,9 @@ class MarianArguments(EfxArgumentsMixin, Seq2SeqTrainingArguments):
         super().__post_init__()
         if not self.predict_with_generate:
             raise ValueError("predict_with_generate=False leaves an evaluation without its BLEU: leave it out.")
+        for name, least in (("generation_num_beams", 1), ("generation_max_length", 2)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name}={value}: expected {least} or more.")
 
 
 class MarianTrainer(EfxTrainerMixin, Seq2SeqTrainer):
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         options=(MarianOptions, PairOptions, ProgramOptions, MarianArguments),
         output_dir="runs/marian",
-        max_steps=1200,  # number words need no more
+        num_train_epochs=4,  # number words need no more
         per_device_train_batch_size=64,
         learning_rate=1e-3,
         warmup_steps=0.1,  # of the run
@@ -74,19 +77,23 @@ def _program(
 ) -> None:
     with args.main_process_first(desc="loading the pairs"):
         task = load_translation(pairs, model_options, str(args.output_dir))
+    limit = args.generation_max_length or task.max_length
     sizes = {"training pairs": len(task.train), "validation pairs": len(task.validation)}
     sizes |= {"vocabulary": len(task.tokenizer or ()), "max_length": task.max_length}
     job = TaskJob("mc_dropout", command, args, task, model_options, {"task": task.task, **sizes}, program.plot)
 
     def trainer(args: Any) -> MarianTrainer:
         model: Any = job.model()
+        if limit > (positions := model.config.max_position_embeddings):
+            raise ValueError(f"generation_max_length={limit} is above the model's {positions} positions: lower it.")
         model.generation_config.num_beams = args.generation_num_beams or model.generation_config.num_beams
-        model.generation_config.max_length = args.generation_max_length or model.generation_config.max_length
+        model.generation_config.max_length = limit
         collator = DataCollatorForSeq2Seq(task.tokenizer, model)  # pyright: ignore[reportArgumentType]
         return task_trainer(task, MarianTrainer, model, args, data_collator=collator)
 
     made, runs = job.train(PlannedRun("marian", args, trainer))
     report = Report(
+        title=f"Marian on {task.name}",
         settings={"label_smoothing_factor": args.label_smoothing_factor, "warmup_steps": args.warmup_steps},
         plot=PLOT,
         draw=lambda runs, metric, path: plot_losses({runs[0].name: made.state.log_history}, path),

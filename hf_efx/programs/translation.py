@@ -1,5 +1,7 @@
 """Translation as a task of programs: which pairs, which Marian model, and how it is evaluated."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,8 +87,8 @@ class PairOptions:
     max_length: int = field(
         default=128,
         metadata={
-            "help": "Tokens of a source and of a translation at most: longer pairs are left out of training, longer "
-            "sources cut for evaluation. Translations end here too."
+            "help": "Tokens of a source and of a translation at most: longer pairs are left out, and translations end "
+            "here. More covers longer texts, and costs memory."
         },
     )
     max_train_examples: int | None = field(
@@ -170,6 +172,9 @@ class TranslationTask(LearningTask):
                 f"max_length={self.max_length} is above the model's {model.config.max_position_embeddings} positions: "
                 f"lower it, or, from scratch, raise max_position_embeddings in config_overrides."
             )
+        # Its loss is the batch's mean, whatever num_items_in_batch says: with that the Trainer would neither divide by
+        # gradient_accumulation_steps nor spare it the factor of the processes.
+        model.accepts_loss_kwargs = False
         model.generation_config.max_length = self.max_length
         return model
 
@@ -213,16 +218,13 @@ def load_translation(options: PairOptions, model_options: MarianOptions, output_
         pairs[name] = pairs[name].select(range(min(limit or len(pairs[name]), len(pairs[name]))))
     size = "files" if options.dataset else NUMBER_WORDS
     tokenizer = _tokenizer(pairs["train"], options, model_options, size, Path(output_dir) / VOCABULARY)
-    train = _examples(pairs["train"], tokenizer, options.max_length, drop=True)
-    if not len(train):
-        raise ValueError(f"max_length={options.max_length} leaves no pair to train on: raise it.")
     return TranslationTask(
         task="translation",
         name=source_name(options.dataset) if options.dataset else NUMBER_WORDS,
-        train=train,
+        train=_examples(pairs["train"], tokenizer, options.max_length),
         holdout=None,
-        validation=_examples(pairs["validation"], tokenizer, options.max_length, drop=False),
-        fingerprint_columns=("input_ids", "labels"),
+        validation=_examples(pairs["validation"], tokenizer, options.max_length),
+        fingerprint_columns=("source", "target"),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         compute_metrics=translation_metrics(tokenizer),
         preprocess_logits_for_metrics=lambda generated, labels: generated,
@@ -262,24 +264,25 @@ def _tokenizer(
     return train_marian_tokenizer(folder, texts, vocab_size, _POSITIONS)
 
 
-def _examples(pairs: Dataset, tokenizer: MarianTokenizer, max_length: int, drop: bool) -> Dataset:
-    """Pairs as `input_ids` and `labels`, with `length`, the longer of them, and ids; long ones are dropped, or cut."""
+def _examples(pairs: Dataset, tokenizer: MarianTokenizer, max_length: int) -> Dataset:
+    """Adds `input_ids`, `labels`, `length` (of the longer of both) and ids; pairs that are too long are left out."""
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
-        cut = {} if drop else {"truncation": True, "max_length": max_length}
-        inputs = tokenizer(rows["source"], verbose=False, **cut)["input_ids"]
+        inputs = tokenizer(rows["source"], verbose=False)["input_ids"]
         labels = tokenizer(text_target=rows["target"], verbose=False)["input_ids"]
         lengths = [max(map(len, pair)) for pair in zip(inputs, labels, strict=True)]
         return {"input_ids": inputs, "labels": labels, "length": lengths}
 
-    examples = pairs.map(encode, batched=True, remove_columns=pairs.column_names, desc="Tokenizing pairs")
-    if drop:
-        fits = np.asarray(examples["length"][:]) <= max_length
-        if not fits.all():
-            logger.info(
-                "%d of %d pairs have more than %d tokens and are left out", (~fits).sum(), len(fits), max_length
-            )
-            examples = examples.select(np.flatnonzero(fits))
+    # A cache key of our own: a tokenizer's hash has its files' place in it.
+    state = [Path(file).read_bytes() for file in tokenizer.spm_files] + [json.dumps(tokenizer.get_vocab()).encode()]
+    key = hashlib.sha256(b"".join([pairs._fingerprint.encode(), *state])).hexdigest()[:16]
+    examples = pairs.map(encode, batched=True, new_fingerprint=key, desc="Tokenizing pairs")
+    fits = np.asarray(examples["length"][:]) <= max_length
+    if not fits.any():
+        raise ValueError(f"max_length={max_length} leaves none of {len(fits)} pairs: raise it.")
+    if not fits.all():
+        logger.info("%d of %d pairs have more than %d tokens and are left out", (~fits).sum(), len(fits), max_length)
+        examples = examples.select(np.flatnonzero(fits))
     return add_example_ids(examples)
 
 
@@ -289,8 +292,9 @@ def translation_metrics(tokenizer: MarianTokenizer) -> Callable[[EvalPrediction]
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         import sacrebleu
 
-        pad = tokenizer.pad_token_id
-        generated, labels = (np.where(ids < 0, pad, ids) for ids in (prediction.predictions, prediction.label_ids))
+        pad: Any = tokenizer.pad_token_id
+        pair: Any = (prediction.predictions, prediction.label_ids)
+        generated, labels = (np.where(ids < 0, pad, ids) for ids in pair)
         texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
         references = [tokenizer.batch_decode(labels, skip_special_tokens=True)]
         return {

@@ -12,7 +12,9 @@ from huggingface_hub import ModelCard
 from program_runs import (
     GPT2,
     IMAGES,
+    MARIAN,
     MODEL,
+    PAIRS,
     QUIET,
     program_of,
     refused,
@@ -20,6 +22,7 @@ from program_runs import (
     run,
     unfinish,
     write_images,
+    write_pairs,
     write_text,
 )
 from safetensors.torch import load_file, save_file
@@ -35,6 +38,7 @@ PROGRAMS: dict[str, list[object]] = {
     "targeted_dropout": [*IMAGES, "--targeting", 0.5, "--fractions", 0, 0.5, "--compare", "none", "l1", "dropout"],
     "rho_loss": [*IMAGES, *CHOOSE, "--label_noise", 0.2, "--compare", "uniform"],
     "goldiprox": [*IMAGES, *CHOOSE, "--num_steps", 4, "--proxy_model", f"resnet:{MODEL}", "--compare_uniform"],
+    "train_marian": [*PAIRS, "--config_overrides", MARIAN],
 }
 every_program = pytest.mark.parametrize("name", PROGRAMS)
 RESUME = ["--resume_from_checkpoint", "true"]
@@ -42,12 +46,13 @@ RESUME = ["--resume_from_checkpoint", "true"]
 
 @pytest.fixture(scope="module")
 def argv(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[object]]:
-    """A program's arguments, on 60 images or a short text."""
+    """A program's arguments, on 60 images, a short text or 120 pairs."""
     folder = tmp_path_factory.mktemp("data")
-    text, images = write_text(folder / "text.txt"), write_images(folder / "quadrants", train=60)
+    images = write_images(folder / "quadrants", train=60)
+    texts = {"low_rank": write_text(folder / "text.txt"), "train_marian": write_pairs(folder / "pairs.tsv")}
 
     def argv_(name: str, out: Path, *more: object) -> list[object]:
-        data = text if name == "low_rank" else images
+        data = texts.get(name, images)
         return [*PROGRAMS[name], *SHORT, "--dataset", data, "--output_dir", out, *more]
 
     return argv_
@@ -139,11 +144,15 @@ def test_another_run_s_folder_is_refused(
     before = (folder / "results.json").read_text()
     if name == "low_rank":
         changes = {"data": ["--block_size", 16], "validation": ["--max_eval_blocks", 2], "rank": ["--rank", 0.5]}
+    elif name == "train_marian":
+        changes = {"data": ["--max_train_examples", 50], "validation": ["--max_eval_examples", 1]}
     else:
         changes = {"data": ["--holdout_share", 0.3], "validation": ["--max_eval_blocks", 20]}
     changes |= {"args.adam_beta1": ["--adam_beta1", 0.8], "model.": ["--config_overrides", f"{MODEL},depths=[1,2]"]}
     if name == "low_rank":
         changes["model."] = ["--config_overrides", f"{GPT2},n_head=4"]
+    if name == "train_marian":
+        changes["model."] = ["--config_overrides", f"{MARIAN},dropout=0.2"]
     for word, arguments in changes.items():
         for resumed in ([], RESUME):  # begun anew it would leave checkpoints of two runs
             line = refused(name, capsys, *argv(name, folder, *arguments, *resumed))

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from program_runs import IMAGES, MODEL, QUIET, program_of, rows_of, write_images, write_text
+from program_runs import (
+    IMAGES,
+    MARIAN,
+    MODEL,
+    PAIRS,
+    QUIET,
+    program_of,
+    rows_of,
+    write_images,
+    write_pairs,
+    write_text,
+)
 
 from hf_efx.goldiprox import SelectionSequence
 
@@ -21,6 +32,7 @@ SCRIPTS = {
     "replay_sequence": "goldiprox",
     "select_goldiprox": "goldiprox",
     "train_low_rank_gpt2": "low_rank",
+    "train_marian": "train_marian",
     "train_rho_loss": "rho_loss",
     "train_slice_out": "slice_out",
     "train_targeted_dropout": "targeted_dropout",
@@ -66,7 +78,9 @@ def test_two_processes_run_every_program(images: str, text: str, tmp_path: Path)
             *(*SHORT, "--dataset", images),
         ],
         "rho_loss": [*IMAGES, *CHOOSE, "--selection_scope", "global", *SHORT, "--dataset", images],
+        "train_marian": [*PAIRS, "--config_overrides", MARIAN, *SHORT],
     }
+    commands["train_marian"] += ["--dataset", str(write_pairs(tmp_path / "pairs.tsv"))]
     for name, argv in commands.items():
         argv += ["--output_dir", str(tmp_path / name)]
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"

@@ -1,5 +1,6 @@
 """Trains a MarianTokenizer: one SentencePiece vocabulary for sources and targets."""
 
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -32,35 +33,31 @@ def train_marian_tokenizer(
         import sentencepiece
     except ImportError:
         raise ImportError("a vocabulary is trained by sentencepiece: pip install 'hf_efx[mt]'") from None
-    folder = Path(folder)
-    with staging_folder(folder.parent) as staging:
-        prefix = staging / "joint"
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts),
-                model_prefix=str(prefix),
-                vocab_size=vocab_size - 1,  # <pad> is the tokenizer's alone
-                character_coverage=1.0,
-                normalization_rule_name="identity",
-                eos_id=0,
-                unk_id=1,
-                bos_id=-1,
-                pad_id=-1,
-                num_threads=1,  # sums in one order
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            reason = str(error).rpartition("] ")[2].rpartition(") ")[2]
-            raise ValueError(f"vocab_size={vocab_size} doesn't go with the text: {reason}") from None
-        processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
-        pieces = [processor.IdToPiece(i) for i in range(len(processor))]
-        vocabulary = {piece: i for i, piece in enumerate([*pieces, "<pad>"])}
-        (staging / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        (staging / "joint.vocab").unlink()
-        (staging / "source.spm").write_bytes((staging / "joint.model").read_bytes())
-        (staging / "joint.model").rename(staging / "target.spm")
-        files = {name: str(staging / f"{name.replace('_', '.')}") for name in ("source_spm", "target_spm")}
-        tokenizer = MarianTokenizer(**files, vocab=str(staging / "vocab.json"), model_max_length=max_length)
-        tokenizer.save_pretrained(staging)
-        replace_folder(staging, folder)
+    model = io.BytesIO()  # of a file the model would keep the path
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size - 1,  # <pad> is the tokenizer's alone
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            eos_id=0,
+            unk_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=1,  # sums in one order
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2].rpartition(") ")[2]
+        raise ValueError(f"vocab_size={vocab_size} doesn't go with the text: {reason}") from None
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [*(processor.IdToPiece(i) for i in range(len(processor))), "<pad>"]
+    vocabulary = json.dumps({piece: i for i, piece in enumerate(pieces)}, ensure_ascii=False)
+    files = {"source.spm": model.getvalue(), "target.spm": model.getvalue(), "vocab.json": vocabulary.encode()}
+    with staging_folder(Path(folder).parent) as staging:
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+        MarianTokenizer(*(str(staging / name) for name in files), model_max_length=max_length).save_pretrained(staging)
+        replace_folder(staging, Path(folder))
     return MarianTokenizer.from_pretrained(folder)

@@ -5,6 +5,7 @@ near to German ones and still foreign to a model of German.
 """
 
 import functools
+from typing import Any
 
 from datasets import Dataset
 
@@ -28,7 +29,9 @@ def number_words() -> Dataset:
             "without a dataset pairs are number words, written by num2words: install it with pip install "
             "'hf_efx[mt]', or name a dataset"
         ) from None
-    asked = [(number, {}) for number in [*range(6000), *range(6000, 1_000_000, 397)[:2500]]]
+    asked: list[tuple[float, dict[str, Any]]] = [
+        (number, {}) for number in [*range(6000), *range(6000, 1_000_000, 397)[:2500]]
+    ]
     asked += [(number, {"to": "ordinal"}) for number in range(1, 4001)]
     asked += [(year, {"to": "year"}) for year in range(1100, 2000)]  # others read like cardinals in German
     # Of whole numbers num2words makes cents.

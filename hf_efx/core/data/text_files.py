@@ -51,7 +51,7 @@ def load_splits(
     parts = _own_splits(source, columns, sample_by, cache_dir)
     if "train" not in parts:
         raise ValueError(f"source={source!r} has no 'train' split, only {sorted(parts)}")
-    return {name: text_columns(part, columns, source) for name, part in parts.items()}
+    return {name: _read_columns(part, columns, source, drop_empty=True) for name, part in parts.items()}
 
 
 def load_rows(
@@ -77,7 +77,19 @@ def load_rows(
     if split is not None and split not in parts:
         raise ValueError(f"source={source!r} has no split {split!r}, only {', '.join(parts)}")
     chosen = list(parts.values()) if split is None else [parts[split]]
-    return datasets.concatenate_datasets([text_columns(part, columns, source, drop_empty=False) for part in chosen])
+    return datasets.concatenate_datasets([_read_columns(part, columns, source, drop_empty=False) for part in chosen])
+
+
+def _read_columns(
+    part: Dataset, columns: Mapping[str, str], source: str | os.PathLike[str], drop_empty: bool
+) -> Dataset:
+    """`text_columns`, naming the byte where a file turns out not to be UTF-8: Arrow doesn't look at JSON's."""
+    source = os.fspath(source)
+    try:
+        return text_columns(part, columns, source, drop_empty)
+    except UnicodeDecodeError as error:
+        reason = _no_utf8(_files(Path(source).expanduser())) or error
+        raise ValueError(f"source={source!r} can't be read: {reason}") from error
 
 
 def _own_splits(
@@ -105,9 +117,13 @@ def _suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if _suffix(file) in _LOADERS)
+
+
 def _load_files(path: Path, columns: Mapping[str, str], sample_by: str, cache_dir: str | None) -> dict[Any, Dataset]:
     """Reads a file, or a folder's files of one kind: a file named after a split makes that split, all others train."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _suffix(file) in _LOADERS)
+    files = _files(path)
     suffixes = {_suffix(file) for file in files}
     known = ", ".join(_LOADERS)
     if not files:
@@ -139,15 +155,15 @@ def _no_utf8(files: Iterable[Path]) -> str | None:
     for file in files:
         read, decoder = 0, codecs.getincrementaldecoder("utf-8")()
         with gzip.open(file) if file.suffix.lower() == ".gz" else open(file, "rb") as stream:
-            for block in iter(lambda: stream.read(2**20), b""):
+            for block in iter(lambda: stream.read(2**20), None):
                 held = len(decoder.getstate()[0])
                 try:
-                    decoder.decode(block)
+                    decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
-                    byte = read - held + error.start
-                    return (
-                        f"{file.name} isn't UTF-8 from byte {byte} on (0x{error.object[error.start]:02x}); convert it"
-                    )
+                    byte, value = read - held + error.start, error.object[error.start]
+                    return f"{file.name} isn't UTF-8 from byte {byte} on (0x{value:02x}): convert it"
+                if not block:
+                    break
                 read += len(block)
     return None
 

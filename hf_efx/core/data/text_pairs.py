@@ -37,11 +37,9 @@ def load_pairs(
         ValueError: If the source can't be read, a column is missing or no text, or no pair is left.
     """
     defaults = ("de", "en") if source is None else ("source", "target")
-    columns = dict(
-        zip(("source", "target"), (source_column or defaults[0], target_column or defaults[1]), strict=True)
-    )
+    columns: dict[str, str] = {"source": source_column or defaults[0], "target": target_column or defaults[1]}
     if columns["source"] == columns["target"]:
-        raise ValueError(f"source_column and target_column are both {source_column!r}: name two columns")
+        raise ValueError(f"source_column and target_column are both {columns['source']!r}: name two columns")
     if source is None:
         parts = {"train": text_columns(number_words(), columns, NUMBER_WORDS)}
     else:
