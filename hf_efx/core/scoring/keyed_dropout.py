@@ -1,4 +1,4 @@
-"""Dropout whose masks are a function of what they fall on, so that a sample is the same in any batch: `KeyedDropout`."""
+"""Dropout whose masks are a function of what they fall on, so that a sample is the same in any batch."""
 
 import inspect
 from collections.abc import Sequence
@@ -72,12 +72,12 @@ class KeyedDropout(TorchFunctionMode):
         if getattr(config, "model_type", None) in _TIME_MAJOR:
             raise ValueError(f"{type(base).__name__} doesn't keep rows first, so that its masks can't be keyed by row")
         for module in model.modules():
-            part = vars(module).get("config")
+            part: Any = vars(module).get("config")
             kernel = getattr(part, "_attn_implementation", None)
             if kernel not in (None, "eager", "sdpa") and getattr(part, "attention_dropout", 0):
                 raise ValueError(
-                    f"attention_dropout={part.attention_dropout} in {kernel} attention, whose masks can't be keyed: call "
-                    f"model.set_attn_implementation('sdpa') first"
+                    f"attention_dropout={part.attention_dropout} in {kernel} attention, whose masks can't be keyed: "
+                    f"call model.set_attn_implementation('sdpa') first"
                 )
         self._units: list[nn.Module] = [base]
         if getattr(config, "is_encoder_decoder", False):

@@ -1,6 +1,7 @@
 """Keyed dropout masks: their rates, their independence, and that they depend on their own row alone."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def keys(seed=0, ids=None, sample=0):
     return row_keys(seed, ids, torch.full_like(ids, sample))
 
 
-def run(model, x, rows, masks="position", padding=None):
+def run(model, x, rows, masks: Any = "position", padding=None):
     with KeyedDropout(model, masks) as keyed:
         keyed.set_rows(rows, padding)
         return model(x)
@@ -108,7 +109,7 @@ def test_whole_channels_and_modules():
     assert not run(model, torch.ones(4, 16, 3, 3), keys()[:4]).any()
 
 
-class TwoDraws(nn.Module):
+class Nothing(nn.Module):
     def forward(self, x):
         return x
 
@@ -116,7 +117,7 @@ class TwoDraws(nn.Module):
 def test_draws_follow_the_probabilities():
     rows = row_keys(0, torch.arange(20000), torch.zeros(20000, dtype=torch.int64))
     probs = torch.tensor([0.0, 0.2, 0.5, 0.0, 0.3, 0.0])
-    with KeyedDropout(TwoDraws()) as keyed:
+    with KeyedDropout(Nothing()) as keyed:
         keyed.set_rows(rows)
         drawn = torch.multinomial(probs.expand(20000, -1), 1)[:, 0]
     counts = torch.bincount(drawn, minlength=6).double()
