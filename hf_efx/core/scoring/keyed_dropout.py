@@ -141,10 +141,13 @@ class KeyedDropout(TorchFunctionMode):
         self._calls.append(_Call(unit, len(inputs), width, offset))
 
     def _leave_call(self, *_: Any) -> None:
-        call = self._calls.pop()
-        self._end = call.offset + call.width
+        if self._calls:  # none where entering it failed
+            call = self._calls.pop()
+            self._end = call.offset + call.width
 
     def _next_site(self) -> tuple[_Call, int]:
+        if not self._calls:
+            raise ValueError(f"dropout outside the forward of {type(self._units[0]).__name__} can't be keyed")
         call = self._calls[-1]
         call.site += 1
         return call, call.site

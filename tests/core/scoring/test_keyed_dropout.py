@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from hf_efx.core.scoring.keyed_dropout import KeyedDropout, row_keys
@@ -142,6 +143,16 @@ def test_what_cannot_be_keyed_is_refused(drop):
     with pytest.raises(ValueError, match="can't be keyed"):
         run(Odd(drop), torch.ones(2, 4, 8), keys()[:2])
     assert run(Odd(lambda x: F.alpha_dropout(x, 0.1)), torch.ones(2, 4), keys()[:2]).all()
+
+
+def test_models_and_calls_out_of_reach_are_refused():
+    model = Odd(nn.Dropout(0.1))
+    with KeyedDropout(model) as keyed, pytest.raises(ValueError, match="outside the forward of Odd"):
+        keyed.set_rows(keys()[:2])
+        model.drop(torch.ones(2, 4))
+    config = transformers.XLNetConfig(vocab_size=8, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    with pytest.raises(ValueError, match="XLNetModel doesn't keep rows first"):
+        KeyedDropout(transformers.XLNetModel(config))
 
 
 def test_nothing_is_left_behind():
