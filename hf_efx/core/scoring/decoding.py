@@ -1,18 +1,23 @@
 """Generation for `sampling`: a loop that leaves finished rows out, and the log-probabilities of what was generated."""
 
+import copy
 import functools
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import logits_process, stopping_criteria
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
+from hf_efx.core.scoring.batches import align_left, sequence_names, take_columns
 from hf_efx.core.scoring.keyed_dropout import KeyedDropout
 from hf_efx.core.scoring.scoring_state import base_model
+
+logger = logging.getLogger(__name__)
 
 # What looks at each row alone; others may count rows, so that none can be left out before them.
 _BY_ROW = {
@@ -41,6 +46,65 @@ _BY_ROW = {
     stopping_criteria.EosTokenCriteria,
 }
 _FINISHED = 0.25  # the share of finished rows from which leaving them out is worth the copies
+
+
+def generation_config(model: Any, given: Mapping[str, Any], tokenizer: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+    """The generation config that samples go by, and what `generate` takes beside it.
+
+    Args:
+        model: A transformers model that generates.
+        given: What the caller would have given to `generate`.
+        tokenizer: The caller's, or None.
+
+    Raises:
+        ValueError: For what samples can't go by; see `sample_generate`.
+    """
+    kwargs = dict(given)
+    if kwargs.get("num_return_sequences") not in (None, 1):
+        raise ValueError("num_return_sequences: the samples of an input are num_samples; leave it out")
+    config = copy.deepcopy(kwargs.pop("generation_config", None) or GenerationConfig())
+    config.num_beams, config.do_sample = config.num_beams or 1, bool(config.do_sample)
+    config.update(defaults_only=True, allow_custom_entries=True, **base_model(model).generation_config.to_dict())
+    rest = config.update(**kwargs)
+    # Nothing of it is handed on, and scores of all steps take memory.
+    config.update(num_return_sequences=1, return_dict_in_generate=False, output_scores=False, output_logits=False)
+    if config.num_beams > 1 and config.do_sample:
+        raise ValueError(f"num_beams={config.num_beams} with do_sample=True: beam search can't draw keyed tokens")
+    if config.stop_strings and tokenizer is None:
+        raise ValueError(f"stop_strings={config.stop_strings!r} need a tokenizer")
+    base = base_model(model)
+    if not base.config.is_encoder_decoder:
+        if config.eos_token_id is None:
+            raise ValueError(f"{type(base).__name__} has no end token: give eos_token_id, or set it in its config")
+        if config.pad_token_id is None:
+            config.pad_token_id = _as_list(config.eos_token_id)[0]
+            logger.info("%s has no pad token: its end token pads, on the left", type(base).__name__)
+        for columns, steps in {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}.items():
+            if getattr(config, columns) and getattr(config, steps) is None:
+                raise ValueError(
+                    f"{columns}={getattr(config, columns)} counts the prompt and the batch's padding in a "
+                    f"decoder-only model: give {steps}"
+                )
+    return config, rest
+
+
+def generation_inputs(model: Any, inputs: Any, config: GenerationConfig) -> dict[str, Any]:
+    """Inputs on the model's device with a mask, padded on the side where its padding changes nothing."""
+    source = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+    source = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in source.items()}
+    tokens = source.get("input_ids")
+    if tokens is not None and source.get("attention_mask") is None:
+        pad = config.pad_token_id
+        masked = pad is not None and pad not in _as_list(config.eos_token_id)
+        source["attention_mask"] = (tokens != pad).long() if masked else torch.ones_like(tokens)
+    if base_model(model).config.is_encoder_decoder:
+        return align_left(source)[0]
+    mask = source["attention_mask"]
+    if not mask[:, -1].all():
+        past = (mask.flip(1) != 0).to(torch.uint8).argmax(1)  # columns after the last token
+        columns = (torch.arange(mask.shape[1], device=mask.device) - past[:, None]) % mask.shape[1]
+        source |= {name: take_columns(source[name], columns) for name in sequence_names(source)}
+    return source
 
 
 class Decoded(NamedTuple):
@@ -83,6 +147,38 @@ def decode_rows(
     logits = _teacher_forced(model, inputs, sequences)[:, prompt - 1 :]
     tokens = sequences[:, prompt:]
     return Decoded(tokens, _log_prob(logits, tokens), logits[:, 0], prompt)
+
+
+def drawn_tokens(model: Any, config: GenerationConfig, decoded: Decoded) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Which tokens [rows, steps] were drawn, neither forced nor padding, and where each row's text ends and begins."""
+    tokens = decoded.tokens
+    width = tokens.shape[1]
+    place = torch.arange(width, device=tokens.device)
+    end = torch.isin(tokens, torch.tensor(_as_list(config.eos_token_id), device=tokens.device))
+    ends = torch.where(end, place, width).amin(1)  # before the end token
+    if config.pad_token_id is not None:  # after a stop string
+        text = torch.where(tokens != config.pad_token_id, place + 1, 0).amax(1)
+        ends = torch.minimum(ends, torch.where(end.any(1), width, text))
+    counted = place <= ends[:, None]
+    counted &= ~((place == ends[:, None]) & ~end)
+    skip = torch.zeros_like(ends)
+    if base_model(model).config.is_encoder_decoder and config.forced_bos_token_id is not None:
+        skip = (tokens[:, 0] == config.forced_bos_token_id).long()
+        counted[:, 0] &= skip == 0
+    if config.forced_eos_token_id is not None and decoded.prompt + width == _limit(config, decoded.prompt):
+        counted[:, -1] = False
+    return counted, ends.tolist(), skip.tolist()
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [int(ids)]
+
+
+def _limit(config: GenerationConfig, prompt: int) -> int:
+    """Columns at which `generate` stops: 20 steps where nothing is said."""
+    if config.max_new_tokens is not None:
+        return prompt + config.max_new_tokens
+    return prompt + 20 if config.max_length is None else config.max_length
 
 
 def _log_prob(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Dropout whose masks are a function of what they fall on, so that a sample is the same in any batch: `KeyedDropout`."""
+"""Dropout whose masks are a function of what they fall on, so that a sample is the same in any batch."""
 
 import inspect
 from collections.abc import Sequence
@@ -72,12 +72,12 @@ class KeyedDropout(TorchFunctionMode):
         if getattr(config, "model_type", None) in _TIME_MAJOR:
             raise ValueError(f"{type(base).__name__} doesn't keep rows first, so that its masks can't be keyed by row")
         for module in model.modules():
-            part = vars(module).get("config")
+            part: Any = vars(module).get("config")
             kernel = getattr(part, "_attn_implementation", None)
             if kernel not in (None, "eager", "sdpa") and getattr(part, "attention_dropout", 0):
                 raise ValueError(
-                    f"attention_dropout={part.attention_dropout} in {kernel} attention, whose masks can't be keyed: call "
-                    f"model.set_attn_implementation('sdpa') first"
+                    f"attention_dropout={part.attention_dropout} in {kernel} attention, whose masks can't be keyed: "
+                    f"call model.set_attn_implementation('sdpa') first"
                 )
         self._units: list[nn.Module] = [base]
         if getattr(config, "is_encoder_decoder", False):
@@ -141,10 +141,13 @@ class KeyedDropout(TorchFunctionMode):
         self._calls.append(_Call(unit, len(inputs), width, offset))
 
     def _leave_call(self, *_: Any) -> None:
-        call = self._calls.pop()
-        self._end = call.offset + call.width
+        if self._calls:  # none where entering it failed
+            call = self._calls.pop()
+            self._end = call.offset + call.width
 
     def _next_site(self) -> tuple[_Call, int]:
+        if not self._calls:
+            raise ValueError(f"dropout outside the forward of {type(self._units[0]).__name__} can't be keyed")
         call = self._calls[-1]
         call.site += 1
         return call, call.site

@@ -4,7 +4,6 @@ Gal and Ghahramani 2016, arXiv 1506.02142, for predictions; Xiao, Gomez and Gal 
 sequences.
 """
 
-import copy
 import logging
 import re
 import weakref
@@ -19,8 +18,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import GenerationConfig
 
 from hf_efx.core.model.wrappers import unwrap_model
-from hf_efx.core.scoring.batches import align_left, batch_size, sequence_names, take_columns, take_rows, trim_padding
-from hf_efx.core.scoring.decoding import Decoded, decode_rows
+from hf_efx.core.scoring.batches import align_left, batch_size, take_rows, trim_padding
+from hf_efx.core.scoring.decoding import Decoded, decode_rows, drawn_tokens, generation_config, generation_inputs
 from hf_efx.core.scoring.keyed_dropout import KeyedDropout, row_keys
 from hf_efx.core.scoring.scoring_state import base_model, scoring_state
 
@@ -37,8 +36,8 @@ class Samples:
     """Generations of n inputs, several each: `samples.texts[i][j]` is the j-th of the i-th input.
 
     Attributes:
-        sequences: [n][num_samples] lists of token ids, without padding, end, decoder start and forced first token; of a
-            decoder-only model the continuation alone.
+        sequences: [n][num_samples] lists of token ids, without padding, end, decoder start and forced first token; of
+            a decoder-only model the continuation alone.
         texts: [n][num_samples] decoded texts; None without a tokenizer.
         log_probs: [n][num_samples] sums of the drawn tokens' log-probabilities under the masked model, before
             temperature and other processors; the end token's is among them, those of forced tokens aren't.
@@ -61,8 +60,8 @@ def dropout_active(model: nn.Module, sites: str | Sequence[str] | None = None) -
     Args:
         model: Any module, wrappers (compile, DataParallel, DistributedDataParallel) included: call what is inside.
         sites: The modules whose dropouts are on: names, or ends or parts of names, that choose all inside ("encoder",
-            "decoder.layers.0", "self_attn"), or one regular expression over whole names. Functional dropout goes by the
-            module whose forward calls it. None are all of them, [] none.
+            "decoder.layers.0", "self_attn"), or one regular expression over whole names. Functional dropout goes by
+            the module whose forward calls it. None are all of them, [] none.
 
     Raises:
         ValueError: If no dropout has a rate above 0, an entry matches no module, or a part of the model is compiled.
@@ -151,8 +150,8 @@ def sample_generate(
 
     A sample depends on the seed, the input's id and its number among the samples, not on the batch, its order or
     `max_batch_rows`; what floating-point rounding decides (a near tie) may differ between batches. Samples are greedy,
-    whatever the model's generation config says, unless `num_beams` or `do_sample=True` is given; a token's draw is keyed
-    as the masks are.
+    whatever the model's generation config says, unless `num_beams` or `do_sample=True` is given; a token's draw is
+    keyed as the masks are.
 
     Args:
         model: A transformers model that generates.
@@ -177,10 +176,10 @@ def sample_generate(
     """
     _check_numbers(num_samples, max_batch_rows)
     inner = _uncompiled(model)
-    config, kwargs = _generation_config(inner, generate_kwargs, tokenizer)
+    config, kwargs = generation_config(inner, generate_kwargs, tokenizer)
     if sites is not None and not len(sites) and not config.do_sample:
         raise ValueError("sites=[] turns all dropout off, and samples would agree: give do_sample=True, or sites")
-    source = _generation_inputs(inner, inputs, config)
+    source = generation_inputs(inner, inputs, config)
     n = batch_size(source)
     identities, lengths = _as_ids(ids, n), _source_lengths(source)
     rows = lengths.argsort(descending=True, stable=True).repeat_interleave(num_samples)
@@ -206,42 +205,23 @@ class _Results:
         self.log_probs = [[0.0] * num_samples for _ in range(n)]
         self.lengths = [[0] * num_samples for _ in range(n)]
         self.first: list[torch.Tensor] | None = []
+        self.begun = -1
 
     def add(self, rows: torch.Tensor, samples: torch.Tensor, decoded: Decoded, differ: bool) -> None:
         """Takes the samples [k] of the inputs [k] out of what one call generated."""
         if differ and self.first is not None:
             self._check(rows, decoded.first_logits)
-        counted, ends, skip = self._counted(decoded)
+        counted, ends, skip = drawn_tokens(self.model, self.config, decoded)
         sums = (decoded.log_probs.double() * counted).sum(1).tolist()
         tokens, lengths = decoded.tokens.tolist(), counted.sum(1).tolist()
         for at, (row, sample) in enumerate(zip(rows.tolist(), samples.tolist(), strict=True)):
             self.sequences[row][sample] = tokens[at][skip[at] : ends[at]]
             self.log_probs[row][sample], self.lengths[row][sample] = sums[at], lengths[at]
 
-    def _counted(self, decoded: Decoded) -> tuple[torch.Tensor, list[int], list[int]]:
-        """Which tokens [rows, steps] were drawn, and where the text in each row ends and begins."""
-        config, tokens = self.config, decoded.tokens
-        width = tokens.shape[1]
-        place = torch.arange(width, device=tokens.device)
-        end = torch.isin(tokens, torch.tensor(_as_list(config.eos_token_id), device=tokens.device))
-        ends = torch.where(end, place, width).amin(1)  # before the end token
-        if config.pad_token_id is not None:  # after a stop string
-            text = torch.where(tokens != config.pad_token_id, place + 1, 0).amax(1)
-            ends = torch.minimum(ends, torch.where(end.any(1), width, text))
-        counted = place <= ends[:, None]
-        counted &= ~((place == ends[:, None]) & ~end)
-        skip = torch.zeros_like(ends)
-        if base_model(self.model).config.is_encoder_decoder and config.forced_bos_token_id is not None:
-            skip = (tokens[:, 0] == config.forced_bos_token_id).long()
-            counted[:, 0] &= skip == 0
-        if config.forced_eos_token_id is not None and decoded.prompt + width == _limit(config, decoded.prompt):
-            counted[:, -1] = False
-        return counted, ends.tolist(), skip.tolist()
-
     def _check(self, rows: torch.Tensor, first_logits: torch.Tensor) -> None:
         """Raises if the first step's logits [k, vocabulary] are the same in all samples of the first input."""
         assert self.first is not None
-        self.begun = rows[0] if not self.first else self.begun
+        self.begun = self.begun if self.first else int(rows[0])
         self.first += list(first_logits[(rows == self.begun).to(first_logits.device)])
         if any(not torch.equal(self.first[0], other) for other in self.first[1:]):
             self.first = None
@@ -254,69 +234,6 @@ class _Results:
         if tokenizer is not None:
             texts = [tokenizer.batch_decode(row, skip_special_tokens=True) for row in self.sequences]
         return Samples(self.sequences, texts, self.log_probs, self.lengths)
-
-
-def _as_list(ids: Any) -> list[int]:
-    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [int(ids)]
-
-
-def _limit(config: GenerationConfig, prompt: int) -> int:
-    """Columns at which `generate` stops: 20 steps where nothing is said."""
-    if config.max_new_tokens is not None:
-        return prompt + config.max_new_tokens
-    return prompt + 20 if config.max_length is None else config.max_length
-
-
-def _generation_config(
-    model: Any, given: Mapping[str, Any], tokenizer: Any
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """The generation config that samples go by, and what `generate` takes beside it."""
-    kwargs = dict(given)
-    if kwargs.get("num_return_sequences") not in (None, 1):
-        raise ValueError("num_return_sequences: the samples of an input are num_samples; leave it out")
-    config = copy.deepcopy(kwargs.pop("generation_config", None) or GenerationConfig())
-    config.num_beams, config.do_sample = config.num_beams or 1, bool(config.do_sample)
-    config.update(defaults_only=True, allow_custom_entries=True, **base_model(model).generation_config.to_dict())
-    rest = config.update(**kwargs)
-    # Nothing of it is handed on, and scores of all steps take memory.
-    config.update(num_return_sequences=1, return_dict_in_generate=False, output_scores=False, output_logits=False)
-    if config.num_beams > 1 and config.do_sample:
-        raise ValueError(f"num_beams={config.num_beams} with do_sample=True: beam search can't draw keyed tokens")
-    if config.stop_strings and tokenizer is None:
-        raise ValueError(f"stop_strings={config.stop_strings!r} need a tokenizer")
-    base = base_model(model)
-    if not base.config.is_encoder_decoder:
-        if config.eos_token_id is None:
-            raise ValueError(f"{type(base).__name__} has no end token: give eos_token_id, or set it in its config")
-        if config.pad_token_id is None:
-            config.pad_token_id = _as_list(config.eos_token_id)[0]
-            logger.info("%s has no pad token: its end token pads, on the left", type(base).__name__)
-        for columns, steps in {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}.items():
-            if getattr(config, columns) and getattr(config, steps) is None:
-                raise ValueError(
-                    f"{columns}={getattr(config, columns)} counts the prompt and the batch's padding in a decoder-only "
-                    f"model: give {steps}"
-                )
-    return config, rest
-
-
-def _generation_inputs(model: Any, inputs: Any, config: GenerationConfig) -> dict[str, Any]:
-    """Inputs on the model's device with a mask, padded on the side where its padding changes nothing."""
-    source = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
-    source = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in source.items()}
-    tokens = source.get("input_ids")
-    if tokens is not None and source.get("attention_mask") is None:
-        pad = config.pad_token_id
-        masked = pad is not None and pad not in _as_list(config.eos_token_id)
-        source["attention_mask"] = (tokens != pad).long() if masked else torch.ones_like(tokens)
-    if base_model(model).config.is_encoder_decoder:
-        return align_left(source)[0]
-    mask = source["attention_mask"]
-    if not mask[:, -1].all():
-        past = (mask.flip(1) != 0).to(torch.uint8).argmax(1)  # columns after the last token
-        columns = (torch.arange(mask.shape[1], device=mask.device) - past[:, None]) % mask.shape[1]
-        source |= {name: take_columns(source[name], columns) for name in sequence_names(source)}
-    return source
 
 
 def _source_lengths(source: Mapping[str, Any]) -> torch.Tensor:
@@ -440,16 +357,16 @@ def _rate_fields(model: nn.Module) -> dict[str, Any]:
             if isinstance(value, Mapping):
                 collect(value)
             elif "dropout" in (name := str(name)) or name.endswith("pdrop"):  # labels are named by numbers
-                found[name] = max(found.get(name) or 0, value or 0)
+                found[name] = max(value or 0.0, found.get(name, 0.0))
 
     collect({} if config is None else config.to_dict())
     return found
 
 
 def _no_dropout(model: nn.Module, what: str) -> str:
-    fields = ", ".join(f"{name}={value}" for name, value in _rate_fields(model).items())
+    fields = ", ".join(f"{name}={value}" for name, value in _rate_fields(model).items()) or "its config names none"
     return (
-        f"{type(base_model(model)).__name__} has no dropout to sample by, {what} ({fields or 'its config names none'}): set a "
-        f"rate above 0 when the model is built or loaded, as in from_pretrained(..., dropout=0.1), choose other sites, or "
-        f"draw by temperature with sites=[] and do_sample=True"
+        f"{type(base_model(model)).__name__} has no dropout to sample by, {what} ({fields}): "
+        f"set a rate above 0 when the model is built or loaded, as in from_pretrained(..., dropout=0.1), choose other "
+        f"sites, or draw by temperature with sites=[] and do_sample=True"
     )

@@ -1,10 +1,12 @@
 """Keyed dropout masks: their rates, their independence, and that they depend on their own row alone."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from hf_efx.core.scoring.keyed_dropout import KeyedDropout, row_keys
@@ -24,7 +26,7 @@ def keys(seed=0, ids=None, sample=0):
     return row_keys(seed, ids, torch.full_like(ids, sample))
 
 
-def run(model, x, rows, masks="position", padding=None):
+def run(model, x, rows, masks: Any = "position", padding=None):
     with KeyedDropout(model, masks) as keyed:
         keyed.set_rows(rows, padding)
         return model(x)
@@ -108,7 +110,7 @@ def test_whole_channels_and_modules():
     assert not run(model, torch.ones(4, 16, 3, 3), keys()[:4]).any()
 
 
-class TwoDraws(nn.Module):
+class Nothing(nn.Module):
     def forward(self, x):
         return x
 
@@ -116,7 +118,7 @@ class TwoDraws(nn.Module):
 def test_draws_follow_the_probabilities():
     rows = row_keys(0, torch.arange(20000), torch.zeros(20000, dtype=torch.int64))
     probs = torch.tensor([0.0, 0.2, 0.5, 0.0, 0.3, 0.0])
-    with KeyedDropout(TwoDraws()) as keyed:
+    with KeyedDropout(Nothing()) as keyed:
         keyed.set_rows(rows)
         drawn = torch.multinomial(probs.expand(20000, -1), 1)[:, 0]
     counts = torch.bincount(drawn, minlength=6).double()
@@ -141,6 +143,16 @@ def test_what_cannot_be_keyed_is_refused(drop):
     with pytest.raises(ValueError, match="can't be keyed"):
         run(Odd(drop), torch.ones(2, 4, 8), keys()[:2])
     assert run(Odd(lambda x: F.alpha_dropout(x, 0.1)), torch.ones(2, 4), keys()[:2]).all()
+
+
+def test_models_and_calls_out_of_reach_are_refused():
+    model = Odd(nn.Dropout(0.1))
+    with KeyedDropout(model) as keyed, pytest.raises(ValueError, match="outside the forward of Odd"):
+        keyed.set_rows(keys()[:2])
+        model.drop(torch.ones(2, 4))
+    config = transformers.XLNetConfig(vocab_size=8, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    with pytest.raises(ValueError, match="XLNetModel doesn't keep rows first"):
+        KeyedDropout(transformers.XLNetModel(config))
 
 
 def test_nothing_is_left_behind():

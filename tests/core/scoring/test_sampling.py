@@ -3,6 +3,7 @@
 import copy
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,25 +13,27 @@ from test_scoring_state import Normed, _assert_same, _everything
 from hf_efx.core.scoring.sampling import dropout_active, sample_forward, sample_generate
 
 PAD, END, VOCAB = 1, 0, 64
-_TOKENS = {"vocab_size": VOCAB, "eos_token_id": END, "bos_token_id": END}
-_SEQ2SEQ = {
+_TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "eos_token_id": END, "bos_token_id": END}
+_SEQ2SEQ: dict[str, Any] = {
     "encoder_layers": 2, "decoder_layers": 2, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 40, "pad_token_id": PAD,
     "decoder_start_token_id": PAD, "dropout": 0.3,
 }  # fmt: skip
-_DECODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-BUILD = {
+_START: dict[str, Any] = {"decoder_start_token_id": PAD}
+_FORCED: dict[str, Any] = {"forced_bos_token_id": 5, "forced_eos_token_id": END}
+_DECODER: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+BUILD: dict[str, Any] = {
     "marian": lambda: transformers.MarianMTModel(
         transformers.MarianConfig(**_TOKENS, **_SEQ2SEQ, attention_dropout=0.1, encoder_layerdrop=0.5)
     ),
     "bart": lambda: transformers.BartForConditionalGeneration(
-        transformers.BartConfig(**_TOKENS, **_SEQ2SEQ, forced_bos_token_id=5, forced_eos_token_id=END)
+        transformers.BartConfig(**_TOKENS, **_SEQ2SEQ, **_FORCED)
     ),
     "m2m100": lambda: transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**_TOKENS, **_SEQ2SEQ)),
     "t5": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=PAD,
-            eos_token_id=END, decoder_start_token_id=PAD, dropout_rate=0.3,
+            eos_token_id=END, dropout_rate=0.3, **_START,
         )
     ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
@@ -204,8 +207,13 @@ def test_without_dropout_samples_are_drawn():
 @pytest.mark.parametrize("name", ["vit", "marian", "gpt2"])
 def test_forward(name):
     if name == "vit":
-        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        rates = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+        size: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+        }
+        rates: dict[str, Any] = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
         model = transformers.ViTForImageClassification(
             transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, **size, **rates)
         )
@@ -282,12 +290,18 @@ def test_layerdrop_and_stochastic_depth_are_off():
     with dropout_active(beit):
         assert paths and not any(path.training for path in paths) and beit.training
     assert all(path.training for path in paths)
-    size = {"hidden_dim": 8, "image_size": 16, "depthwise_padding": [], "num_block_repeats": [1], "kernel_sizes": [3]}
-    blocks = {"in_channels": [32], "out_channels": [16], "strides": [1], "expand_ratios": [1]}
+    size: dict[str, Any] = {
+        "hidden_dim": 8,
+        "image_size": 16,
+        "depthwise_padding": [],
+        "num_block_repeats": [1],
+        "kernel_sizes": [3],
+    }
+    blocks: dict[str, Any] = {"in_channels": [32], "out_channels": [16], "strides": [1], "expand_ratios": [1]}
     net = transformers.EfficientNetModel(
         transformers.EfficientNetConfig(**size, **blocks, width_coefficient=0.25, depth_coefficient=1.0)
     ).train()
-    branches = [m.dropout for m in net.modules() if type(m).__name__ == "EfficientNetFinalBlockLayer"]
+    branches: list[Any] = [m.dropout for m in net.modules() if type(m).__name__ == "EfficientNetFinalBlockLayer"]
     with dropout_active(net):
         assert branches and not any(branch.training for branch in branches)
 
