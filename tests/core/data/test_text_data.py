@@ -220,7 +220,7 @@ def test_source_names_hold_no_folder(tmp_path):
 
 def test_rows_without_text_are_left_out_and_said(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": null}\n{"text": "  "}\n{"text": "two"}\n')
-    with caplog.at_level(logging.INFO, "hf_efx.core.data.text_files"):
+    with caplog.at_level(logging.INFO, "hf_efx.core.data"):
         loaded = load_text(path, cache_dir=str(tmp_path / "cache"))
     assert sorted(text for part in loaded.values() for text in part["text"]) == ["one", "two"]
     assert "2 of 4 rows hold no text" in caplog.text
@@ -262,7 +262,7 @@ def test_trained_tokenizer(tmp_path):
 
 def test_packing_joins_documents_and_drops_the_rest(caplog):
     texts = ["abc", "de", "f", "ghij", "k"]  # 16 tokens with their ends
-    with caplog.at_level(logging.INFO, "hf_efx.core.data.text_files"):
+    with caplog.at_level(logging.INFO, "hf_efx.core.data"):
         blocks = tokenize_blocks(Dataset.from_dict({"text": texts, "n": range(5)}), byte_tokenizer(), 5)
     assert blocks.column_names == ["input_ids"]
     assert blocks["input_ids"][:] == [

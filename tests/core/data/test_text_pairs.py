@@ -84,6 +84,12 @@ def test_pairs_that_lack_a_text_are_dropped_and_counted(load: Any, caplog: pytes
         ("a.txt", "only text\n", (), "no column source_column='source'; it has text"),
         ("a.jsonl", '{"source": "a", "target": 1}\n', (), r"target_column='target' holds Value\('int64'\), not text"),
         ("a.tsv", "source\ttarget\na\t\n", (), "all text of 'train' is empty"),
+        (
+            "a.tsv",
+            "source\ttarget\na\tb\n",
+            (),
+            "holds one pair, too little for a validation split: .* a `split` column$",
+        ),
         ("a.tsv", b"source\ttarget\na\tb\xe4\n", (), r"a.tsv isn't UTF-8 from byte 17 on \(0xe4\)"),
         ("a.csv.gz", b"source,target\n" + b"a,b\n" * 300_000 + b"a,\xff\n", (), "isn't UTF-8 from byte 1200016 on"),
         ("a.jsonl", b'{"source": "a", "target": "\xe4"}\n', (), "a.jsonl isn't UTF-8 from byte 27 on"),
