@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,11 +19,12 @@ from huggingface_hub import EvalResult
 from torch import nn
 
 from hf_efx.core.model.wrappers import unwrap_model
+from hf_efx.core.results.card import eval_results
 from hf_efx.core.results.curves import PruningCurve
-from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scoring_state import scoring_state
-from hf_efx.prunability.sample import EvaluateLoss, Sample
+from hf_efx.prunability.sample import EvaluateLoss, Sample, check_whole_number
 from hf_efx.prunability.weights import Criterion, Scope, WeightOrder, prunable_weights
 
 ToleranceMode = Literal["relative", "absolute"]
@@ -42,9 +44,9 @@ class PrunabilityResult:
             at all that was evaluated. 1 if nothing may go.
         curve: The loss over the fraction *pruned*, 1 - kept, at all that was evaluated.
         evaluations: Of the loss over the whole sample.
-        interval: 95% interval of `fraction` by bootstrap over examples; None for a loss that is one number. Between
-            evaluated fractions the loss is taken to be linear, so it is wider than a grid step only where the sample
-            makes it so.
+        interval: 95% interval of `fraction` by bootstrap over examples; None for a loss that is one number, and of
+            one example. Between evaluated fractions the loss is taken to be linear, so it is wider than a grid step
+            only where the sample makes it so.
         lowest: The smallest fraction of the grid that stays within the tolerance at all, with `exhaustive=True`; it
             lies below `fraction` where the loss isn't monotone.
         loss: Of the whole model.
@@ -96,10 +98,7 @@ class PrunabilityResult:
         axes.set(xlabel="fraction of weights kept", ylabel="loss on the sample")
         axes.grid(alpha=0.3)
         axes.legend()
-        path = Path(path)
-        figure.savefig(path, dpi=100)
-        plt.close(figure)
-        return path
+        return save_figure(figure, path, dpi=100)
 
     def to_eval_results(
         self, *, task_type: str, dataset_type: str, dataset_name: str, **more: Any
@@ -112,18 +111,9 @@ class PrunabilityResult:
             dataset_name: The data's name for people.
             **more: Other fields of `huggingface_hub.EvalResult`, such as `dataset_split`.
         """
-        return [
-            EvalResult(
-                task_type=task_type,
-                dataset_type=dataset_type,
-                dataset_name=dataset_name,
-                metric_type="prunability",
-                metric_name="prunability",
-                metric_value=self.fraction,
-                metric_config=f"{self.settings['criterion']}, {self.settings['scope']}",
-                **more,
-            )
-        ]
+        data = {"task_type": task_type, "dataset_type": dataset_type, "dataset_name": dataset_name}
+        settings = {"metric_config": f"{self.settings['criterion']}, {self.settings['scope']}"}
+        return eval_results({"prunability": self.fraction}, **{**settings, **data, **more})
 
 
 def measure_prunability(
@@ -171,20 +161,11 @@ def measure_prunability(
         label_smoothing: As the model was trained with.
 
     Raises:
+        TypeError: An option of another type.
         ValueError: An option out of range; weights that can't be ranked; an empty sample; a loss that isn't finite,
-            differs from call to call, or is 0 under a relative tolerance.
+            differs from call to call, is 0 under a relative tolerance, or isn't one of these weights.
     """
-    check_options(tolerance, criterion, scope, tolerance_mode)
-    evaluate = losses_of(losses, samples, seed, data_collator, task, batch_size, label_smoothing)
-    model = unwrap_model(model)
-    order = WeightOrder(prunable_weights(model, embeddings), criterion, scope, seed)
-    with scoring_state(model, copy_buffers=True):  # a loss function may switch to training mode
-        curve = _LossCurve(model, order, evaluate)
-        curve.check_whole(tolerance_mode)
-        bound = _bound(curve.at(STEPS), tolerance, tolerance_mode)
-        found, lowest = (_scan if exhaustive else _bisect)(lambda step: curve.at(step) <= bound)
-        kept = order.kept(found / STEPS)
-    settings = {
+    settings: dict[str, Any] = {
         "tolerance": tolerance,
         "tolerance_mode": tolerance_mode,
         "criterion": criterion,
@@ -193,30 +174,67 @@ def measure_prunability(
         "exhaustive": exhaustive,
         "seed": seed,
     }
-    points = tuple((1 - step / STEPS, mean) for step, mean in curve.means.items())
+    check_options(**settings)
+    evaluate = losses_of(losses, samples, seed, data_collator, task, batch_size, label_smoothing)
+    model = unwrap_model(model)
+    with scoring_state(model, copy_buffers=True):  # a loss function may switch to training mode
+        curve = LossCurve(model, WeightOrder(prunable_weights(model, embeddings), criterion, scope, seed), evaluate)
+        curve.check_whole(tolerance_mode)
+        bound = _bound(curve.at(STEPS), tolerance, tolerance_mode)
+        found, lowest = (_scan if exhaustive else _bisect)(lambda step: curve.at(step) <= bound)
+        if found == 1 and curve.at(1) == curve.at(STEPS):
+            curve.check_seen()
+        return _result(curve, found, lowest, bound, settings)
+
+
+def _result(
+    curve: "LossCurve", found: int, lowest: int | None, bound: float, settings: dict[str, Any]
+) -> PrunabilityResult:
+    """What was found, in steps of the grid; inside `scoring_state`."""
+    order, points = curve.order, tuple((1 - step / STEPS, mean) for step, mean in curve.means.items())
     return PrunabilityResult(
         fraction=found / STEPS,
         curve=PruningCurve(points, "loss", higher_is_better=False, settings=settings),
         evaluations=curve.evaluations,
-        interval=_interval(curve, tolerance, tolerance_mode, seed),
+        interval=_interval(curve, settings["tolerance"], settings["tolerance_mode"], settings["seed"]),
         lowest=None if lowest is None else lowest / STEPS,
         loss=curve.at(STEPS),
         bound=bound,
         weights=order.count,
-        kept={name: count / order.weights[name].numel() for name, count in kept.items()},
+        kept={name: count / order.weights[name].numel() for name, count in order.kept(found / STEPS).items()},
         samples=curve.samples,
         settings=settings,
     )
 
 
-def check_options(tolerance: float, criterion: str, scope: str, tolerance_mode: str) -> None:
-    """Raises ValueError for options of `measure_prunability` that are out of range."""
+def check_options(
+    *,
+    tolerance: float,
+    criterion: str,
+    scope: str,
+    tolerance_mode: str,
+    exhaustive: bool,
+    embeddings: bool,
+    seed: int,
+) -> None:
+    """Refuses options of `measure_prunability`.
+
+    Raises:
+        TypeError: For one of another type.
+        ValueError: For one out of range.
+    """
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real):
+        raise TypeError(f"tolerance={tolerance!r}: expected a number; 0.1 lets the loss rise by a tenth")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance={tolerance}: expected 0 or more; 0.1 lets the loss rise by a tenth")
     choices = {"criterion": (criterion, Criterion), "scope": (scope, Scope)}
     for name, (value, kind) in {**choices, "tolerance_mode": (tolerance_mode, ToleranceMode)}.items():
         if value not in get_args(kind):
             raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(get_args(kind))}")
+    for name, value in {"exhaustive": exhaustive, "embeddings": embeddings}.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: expected True or False")
+    check_whole_number("seed", seed, 0)
 
 
 def losses_of(losses: Any, samples: int | None, seed: int, *options: Any) -> EvaluateLoss:
@@ -256,7 +274,7 @@ def _bisect(within: Callable[[int], bool]) -> tuple[int, None]:
     return found, None
 
 
-class _LossCurve:
+class LossCurve:
     """The loss at steps of the grid, evaluated when first asked for, and that of every example.
 
     Args:
@@ -308,6 +326,26 @@ class _LossCurve:
                 f"fixed sample without augmentation, and leave the model in eval mode"
             )
 
+    def check_seen(self) -> None:
+        """Raises where the loss is one of other weights: nothing in it changes, whatever becomes of these.
+
+        A loss that is the same without a single weight may be that of a new head, whose weights are all zero; NaN
+        reaches it all the same.
+        """
+        whole = self.at(STEPS)
+        with self.order.pruned(0):  # all of them, so that all are put back
+            unseen = self._evaluate(0) == whole
+            if unseen:
+                for weight in self.order.weights.values():
+                    weight.data.fill_(math.nan)
+                unseen = math.isfinite(self._evaluate(0))
+        self.losses.pop(0, None)
+        if unseen:
+            raise ValueError(
+                f"the loss stays {whole} whatever becomes of the {self.order.count} weights of the model: the loss "
+                f"function computes it with another model, such as a copy. Compute it with the model that it is given"
+            )
+
     def _evaluate(self, step: int) -> float:
         self.evaluations += 1
         losses: Any = self.evaluate(self.model)
@@ -330,9 +368,9 @@ class _LossCurve:
         return float(np.average(values, weights=self.weights)) if np.isfinite(values).all() else float(values.mean())
 
 
-def _interval(curve: _LossCurve, tolerance: float, mode: str, seed: int) -> tuple[float, float] | None:
+def _interval(curve: LossCurve, tolerance: float, mode: str, seed: int) -> tuple[float, float] | None:
     """Percentiles of the fraction over samples drawn with replacement from the examples, from the losses at hand."""
-    if not curve.losses:
+    if curve.samples in (None, 1):
         return None
     steps = np.array(sorted(curve.losses))
     losses = np.nan_to_num(np.stack([curve.losses[step] for step in steps]), posinf=1e30)

@@ -56,7 +56,7 @@ def prunable_weights(model: nn.Module, embeddings: bool = False) -> dict[str, nn
     found = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
-            raise ValueError(f"the weight {name!r} has no shape yet: run the model once, so that its layers get theirs")
+            raise ValueError(f"the weight {name!r} has no shape yet: run the model once, so that it gets one")
         if parameter.numel() == 0 or (sum(size > 1 for size in parameter.shape) < 2 and parameter.dim() != 2):
             continue
         if id(parameter) in idle or (not embeddings and (id(parameter) in tables or "embed" in _own_name(name))):
@@ -107,11 +107,10 @@ def _refuse_quantised(model: nn.Module) -> None:
         if isinstance(vars(module).get("_packed_params"), torch.ScriptObject)
     }
     if found:
-        shown = sorted(found)
+        shown = ", ".join(sorted(found)[:5]) + ", ..." * (len(found) > 5)
         raise ValueError(
-            f"{len(found)} parts of the model are quantised ({', '.join(shown[:5])}{', ...' * (len(shown) > 5)}), which "
-            f"can't be ranked with the rest: load the model without quantization. What is no weight is better kept as "
-            f"int64 or bool"
+            f"{len(found)} parts of the model are quantised ({shown}), which can't be ranked with the rest: load the "
+            f"model without quantization. What is no weight is better kept as int64 or bool"
         )
 
 

@@ -220,6 +220,58 @@ def test_bad_options(options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": "0.1"}, "tolerance='0.1': expected a number"),
+        ({"tolerance": True}, "tolerance=True: expected a number"),
+        ({"embeddings": "no"}, "embeddings='no': expected True or False"),
+        ({"exhaustive": 1}, "exhaustive=1: expected True or False"),
+        ({"seed": None}, "seed=None: expected a whole number, 0 or more"),
+        ({"samples": 10.5}, "samples=10.5: expected a whole number, 1 or more"),
+        ({"batch_size": "8"}, "batch_size='8': expected a whole number"),
+    ],
+)
+def test_options_of_another_type(options, message):
+    with pytest.raises(TypeError, match=message):
+        measure_prunability(gpt2(), text(), **options)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed=-1: expected 0 or more"):
+        measure_prunability(gpt2(), text(), seed=-1)
+
+
+def test_one_example_has_no_interval():
+    torch.manual_seed(0)
+    assert measure_prunability(gpt2(), text(), samples=1).interval is None
+    assert measure_prunability(gpt2(), text(), samples=2).interval is not None
+
+
+def test_a_loss_that_never_sees_the_model_is_refused():
+    model, losses = two_weights()
+    for other in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), backend="eager")):
+        for tolerance, exhaustive in ((0.0, False), (0.5, True)):
+            options = {"tolerance_mode": "absolute", "tolerance": tolerance, "exhaustive": exhaustive}
+            with pytest.raises(ValueError, match="stays 0.0 whatever becomes of the 2 weights"):
+                measure_prunability(model, lambda _, other=other: losses(other), **options)
+    assert model.weight.tolist() == [[3.0, 1.0]]
+    compiled = torch.compile(model, backend="eager")  # has the weights themselves
+    assert measure_prunability(model, lambda _: losses(compiled), 0.5, tolerance_mode="absolute").fraction == 0.5
+
+
+def test_a_new_head_of_zeros_is_measured():
+    """Its loss stays what it is without a single weight; the weights are in it all the same."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    for parameter in model[1].parameters():
+        nn.init.zeros_(parameter)
+    inputs, labels = torch.ones(5, 4), torch.arange(5) % 3
+    before = copy.deepcopy(model.state_dict())
+    result = measure_prunability(model, lambda m: F.cross_entropy(m(inputs), labels, reduction="none"))
+    assert result.fraction == 0.01 and result.loss == pytest.approx(math.log(3))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
     ("losses", "message"),
     [
         (lambda model: torch.rand(4), "random"),

@@ -210,7 +210,8 @@ def quanto_like() -> nn.Module:
     [
         (lambda: packed("weight", torch.full((2, 2), 3, dtype=torch.int8), True), "1.weight: torch.int8"),
         (lambda: packed("weight", torch.ones(2, 2).to(torch.float8_e4m3fn), True), "1.weight: torch.float8_e4m3fn"),
-        (lambda: packed("weight", torch.full((9, 1), 137, dtype=torch.uint8), True), "1.weight: torch.uint8"),  # four bits
+        # Of four bits: two numbers in a byte, one after the other.
+        (lambda: packed("weight", torch.full((9, 1), 137, dtype=torch.uint8), True), "1.weight: torch.uint8"),
         (lambda: packed("weight", torch.full((9,), 137, dtype=torch.uint8), True), "1.weight: torch.uint8"),
         (lambda: packed("W_q", torch.full((2, 2), 3, dtype=torch.int8)), "1.W_q: torch.int8"),
         (lambda: packed("qweight", torch.ones(2, 2, dtype=torch.int32)), "1.qweight: torch.int32"),

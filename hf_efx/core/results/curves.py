@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 
 from huggingface_hub import EvalResult
 
-from hf_efx.core.files import whole_file
-from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.results.card import eval_results
+from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,8 @@ class FractionCurve:
             dataset_name: The data's name for people.
             **more: Other fields of `huggingface_hub.EvalResult`, such as `dataset_split`.
         """
-        return [
-            EvalResult(
-                task_type=task_type,
-                dataset_type=dataset_type,
-                dataset_name=dataset_name,
-                metric_type=name,
-                metric_name=name.replace("_", " "),
-                metric_value=value,
-                **more,
-            )
-            for name, value in self.figures().items()
-        ]
+        data = {"task_type": task_type, "dataset_type": dataset_type, "dataset_name": dataset_name}
+        return eval_results(self.figures(), **{**data, **more})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; a value that isn't finite is written as text."""
@@ -183,22 +173,15 @@ def plot_curves(curves: Mapping[str, FractionCurve], path: str | os.PathLike[str
     kinds = {(type(curve), curve.metric) for curve in curves.values()}
     if len(kinds) != 1:
         raise ValueError(f"plot_curves: curves={list(curves)}: expected curves of one kind and one metric.")
-    plt = matplotlib_pyplot()
-    path = Path(path)
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    try:
-        for name, curve in curves.items():
-            axes.plot(curve.fractions, curve.values, marker="o", markersize=3, label=name)
-        one = next(iter(curves.values()))
-        axes.set(xlabel=one.axis, ylabel=f"{one.metric} ({'higher' if one.higher_is_better else 'lower'} is better)")
-        axes.grid(alpha=0.3)
-        if len(curves) > 1:
-            axes.legend()
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
-    finally:
-        plt.close(figure)
-    return path
+    figure, axes = matplotlib_pyplot().subplots(figsize=(5, 4), layout="constrained")
+    for name, curve in curves.items():
+        axes.plot(curve.fractions, curve.values, marker="o", markersize=3, label=name)
+    one = next(iter(curves.values()))
+    axes.set(xlabel=one.axis, ylabel=f"{one.metric} ({'higher' if one.higher_is_better else 'lower'} is better)")
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend()
+    return save_figure(figure, path)
 
 
 def as_figure(result: float | Mapping[str, float] | Any, metric: str) -> float:
