@@ -105,14 +105,15 @@ class PrunabilityCallback(TrainerCallback):
     ) -> None:
         """Forgets an earlier run, and sees to it that the evaluations won't fail."""
         self.results, self._measured = [], None
+        self.on_train_end(args, state, control)  # of a run that was cut in its first step
         model = unwrap_model(model)
         if isinstance(self.losses, Sample) and self._own_sample:
             self.losses = self.losses.smoothed(args.label_smoothing_factor)
-            # With label smoothing the Trainer itself computes the loss from the logits.
-            self._watch = None if args.label_smoothing_factor else _LossWatch(model)
         order = WeightOrder(prunable_weights(model, self.options["embeddings"]))
         with scoring_state(model, copy_buffers=True):
             LossCurve(model, order, self.losses).check_seen()
+        if self._own_sample and not args.label_smoothing_factor:  # with it the Trainer computes from the logits
+            self._watch = _LossWatch(model)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -189,7 +190,8 @@ class _LossWatch:
         if not (module.training and torch.is_grad_enabled()):
             return
         self._passes += 1
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = loss[0] if isinstance(loss, (tuple, list)) else loss
         if isinstance(loss, torch.Tensor) and loss.requires_grad:
             loss.register_hook(self._count)
 
