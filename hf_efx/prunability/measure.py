@@ -161,7 +161,7 @@ def measure_prunability(
         label_smoothing: As the model was trained with.
 
     Raises:
-        TypeError: An option of another type.
+        TypeError: An option of another type, or no model.
         ValueError: An option out of range; weights that can't be ranked; an empty sample; a loss that isn't finite,
             differs from call to call, is 0 under a relative tolerance, or isn't one of these weights.
     """
@@ -175,6 +175,8 @@ def measure_prunability(
         "seed": seed,
     }
     check_options(**settings)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module, such as AutoModel loads")
     evaluate = losses_of(losses, samples, seed, data_collator, task, batch_size, label_smoothing)
     model = unwrap_model(model)
     with scoring_state(model, copy_buffers=True):  # a loss function may switch to training mode

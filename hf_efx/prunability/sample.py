@@ -119,7 +119,14 @@ def _collate(rows: list[Any], data_collator: Callable[[list[Any]], Any] | None) 
             f"dataset has rows of type {type(rows[0]).__name__}, whose parts have no names: give a data_collator that "
             f"returns a dict with 'labels', or a function of the model that returns its losses"
         )
-    batch = (data_collator or transformers.default_data_collator)(rows)
+    try:
+        batch = (data_collator or transformers.default_data_collator)(rows)
+    except ValueError as error:
+        if data_collator is not None:
+            raise
+        raise ValueError(
+            f"rows of the dataset don't make a batch ({error}): give a data_collator that pads"
+        ) from error
     if not isinstance(batch, Mapping) or "labels" not in batch:
         found = f"only {', '.join(batch)}" if isinstance(batch, Mapping) else f"but is a {type(batch).__name__}"
         raise ValueError(f"a batch of the sample has no 'labels', {found}: prunability needs them")

@@ -57,6 +57,8 @@ def prunable_weights(model: nn.Module, embeddings: bool = False) -> dict[str, nn
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"the weight {name!r} has no shape yet: run the model once, so that it gets one")
+        if parameter.is_meta:
+            raise ValueError(f"the weight {name!r} is on the meta device: load the model's weights first")
         if parameter.numel() == 0 or (sum(size > 1 for size in parameter.shape) < 2 and parameter.dim() != 2):
             continue
         if id(parameter) in idle or (not embeddings and (id(parameter) in tables or "embed" in _own_name(name))):
@@ -87,8 +89,8 @@ def _check_stored(name: str, parameter: nn.Parameter) -> None:
             f"the weight {name!r} is stored as {parameter.dtype}, {parameter.layout}: prunability ranks dense real "
             f"floating-point weights"
         )
-    if parameter.is_meta:
-        raise ValueError(f"the weight {name!r} is on the meta device: load the model's weights first")
+    if parameter.is_inference():
+        raise ValueError(f"the weight {name!r} was made in inference mode, where no one may zero it: load it outside")
 
 
 def _refuse_quantised(model: nn.Module) -> None:

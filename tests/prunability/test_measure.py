@@ -236,6 +236,11 @@ def test_options_of_another_type(options, message):
         measure_prunability(gpt2(), text(), **options)
 
 
+def test_a_name_is_no_model():
+    with pytest.raises(TypeError, match="model is a str: expected a torch.nn.Module"):
+        measure_prunability("gpt2", text())  # pyright: ignore[reportArgumentType]
+
+
 def test_a_negative_seed_is_refused():
     with pytest.raises(ValueError, match="seed=-1: expected 0 or more"):
         measure_prunability(gpt2(), text(), seed=-1)
@@ -311,6 +316,7 @@ class Stream(IterableDataset):
         (TensorDataset(torch.ones(2, 3), torch.ones(2)), {}, "rows of type tuple"),
         ([([1, 2], 0)], {"data_collator": lambda rows: [torch.ones(1), torch.ones(1)]}, "'labels', but is a list"),
         (text(), {"data_collator": DataCollatorWithFlattening()}, "1 rows of 8 examples|several examples each"),
+        ([{"labels": [1, 2]}, {"labels": [1]}], {}, "don't make a batch.*give a data_collator that pads"),
         ([{"input_ids": [1, 2], "labels": [-100, -100]}], {}, "no example of the sample has a label"),
         (text(), {"label_smoothing": 1.5}, "label_smoothing=1.5"),
     ],

@@ -175,6 +175,12 @@ def test_what_cannot_be_ranked():
         order_of(torch.tensor([[1.0, torch.nan]]))
     with pytest.raises(ValueError, match="meta device"):
         prunable_weights(nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match="'0.weight' is on the meta device"):  # counted or not
+        prunable_weights(nn.Sequential(nn.Embedding(2, 2, device="meta"), nn.Linear(2, 2)))
+    with torch.inference_mode():
+        frozen = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'weight' was made in inference mode"):
+        prunable_weights(frozen)
     with pytest.raises(ValueError, match="'0.weight' has no shape yet: run the model once"):
         prunable_weights(nn.Sequential(nn.LazyLinear(2)))
     with pytest.raises(ValueError, match="'weight' is stored as torch.complex64"):
