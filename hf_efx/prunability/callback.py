@@ -13,8 +13,8 @@ from hf_efx.core.data.fingerprints import weights_fingerprint
 from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scoring_state import scoring_state
+from hf_efx.prunability.loss_curve import LossCurve
 from hf_efx.prunability.measure import (
-    LossCurve,
     PrunabilityResult,
     ToleranceMode,
     check_options,

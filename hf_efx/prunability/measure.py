@@ -7,14 +7,12 @@ validation set: the loss is that of a fixed sample of the training data.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-import torch
 from huggingface_hub import EvalResult
 from torch import nn
 
@@ -24,15 +22,13 @@ from hf_efx.core.results.curves import PruningCurve
 from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scoring_state import scoring_state
+from hf_efx.prunability.loss_curve import STEPS, LossCurve, bound_of, interval_of
 from hf_efx.prunability.sample import EvaluateLoss, Sample, check_whole_number
 from hf_efx.prunability.weights import Criterion, Scope, WeightOrder, prunable_weights
 
 ToleranceMode = Literal["relative", "absolute"]
 
-STEPS = 100  # grid points; bisection finds one of them in 7 evaluations, and 2 more look at the whole model
-_BOOTSTRAP = 1000
 _DATA_SET = {"samples": 1000, "data_collator": None, "task": None, "batch_size": 64, "label_smoothing": 0.0}
-_REPEAT = 1e-5  # two evaluations of one model may differ by this share: sums on a GPU have no fixed order
 
 
 @dataclass(frozen=True)
@@ -182,7 +178,7 @@ def measure_prunability(
     with scoring_state(model, copy_buffers=True):  # a loss function may switch to training mode
         curve = LossCurve(model, WeightOrder(prunable_weights(model, embeddings), criterion, scope, seed), evaluate)
         curve.check_whole(tolerance_mode)
-        bound = _bound(curve.at(STEPS), tolerance, tolerance_mode)
+        bound = bound_of(curve.at(STEPS), tolerance, tolerance_mode)
         found, lowest = (_scan if exhaustive else _bisect)(lambda step: curve.at(step) <= bound)
         if found == 1 and curve.at(1) == curve.at(STEPS):
             curve.check_seen()
@@ -190,7 +186,7 @@ def measure_prunability(
 
 
 def _result(
-    curve: "LossCurve", found: int, lowest: int | None, bound: float, settings: dict[str, Any]
+    curve: LossCurve, found: int, lowest: int | None, bound: float, settings: dict[str, Any]
 ) -> PrunabilityResult:
     """What was found, in steps of the grid; inside `scoring_state`."""
     order, points = curve.order, tuple((1 - step / STEPS, mean) for step, mean in curve.means.items())
@@ -198,7 +194,7 @@ def _result(
         fraction=found / STEPS,
         curve=PruningCurve(points, "loss", higher_is_better=False, settings=settings),
         evaluations=curve.evaluations,
-        interval=_interval(curve, settings["tolerance"], settings["tolerance_mode"], settings["seed"]),
+        interval=interval_of(curve, settings["tolerance"], settings["tolerance_mode"], settings["seed"]),
         lowest=None if lowest is None else lowest / STEPS,
         loss=curve.at(STEPS),
         bound=bound,
@@ -255,11 +251,6 @@ def losses_of(losses: Any, samples: int | None, seed: int, *options: Any) -> Eva
     return function
 
 
-def _bound(loss: Any, tolerance: float, mode: str) -> Any:
-    """L(1) (1 + beta), or L(1) + beta; of a number or an array of them."""
-    return loss * (1 + tolerance) if mode == "relative" else loss + tolerance
-
-
 def _scan(within: Callable[[int], bool]) -> tuple[int, int]:
     """The smallest step from 1 to STEPS from which on all are within, and the smallest that is at all."""
     good = [within(step) for step in range(1, STEPS + 1)]
@@ -274,125 +265,3 @@ def _bisect(within: Callable[[int], bool]) -> tuple[int, None]:
         middle = (below + found) // 2
         below, found = (below, middle) if within(middle) else (middle, found)
     return found, None
-
-
-class LossCurve:
-    """The loss at steps of the grid, evaluated when first asked for, and that of every example.
-
-    Args:
-        model: Inside `scoring_state`.
-        order: The order of its weights.
-        evaluate: The losses.
-    """
-
-    def __init__(self, model: nn.Module, order: WeightOrder, evaluate: EvaluateLoss) -> None:
-        self.model, self.order, self.evaluate = model, order, evaluate
-        self.means: dict[int, float] = {}
-        self.losses: dict[int, np.ndarray] = {}
-        self.weights: np.ndarray | None = None
-        self.evaluations = 0
-
-    @property
-    def samples(self) -> int | None:
-        """Examples; None for a loss that is one number."""
-        return len(self.losses[STEPS]) if self.losses else None
-
-    def at(self, step: int) -> float:
-        """The loss with step / STEPS of the weights kept."""
-        if step not in self.means:
-            with self.order.pruned(step / STEPS):
-                mean = self._evaluate(step)
-            if math.isnan(mean):
-                raise ValueError(
-                    f"the loss is NaN with {step / STEPS:.0%} of the weights kept: check the loss function"
-                )
-            self.means[step] = mean
-        return self.means[step]
-
-    def check_whole(self, mode: str) -> None:
-        """Raises for a loss of the whole model that nothing can be compared with; evaluates it twice."""
-        loss = self.at(STEPS)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss of the whole model is {loss}: check the model, its inputs and the loss function"
-            )
-        if mode == "relative" and loss <= 0:
-            raise ValueError(
-                f"the loss of the whole model is {loss}, of which a relative tolerance allows nothing more: use "
-                f"tolerance_mode='absolute'"
-            )
-        again = self._evaluate(STEPS)
-        if not abs(again - loss) <= _REPEAT * abs(loss) + 1e-12:
-            raise ValueError(
-                f"the loss of the whole model was {loss}, then {again}: a random loss can't be compared. Take one "
-                f"fixed sample without augmentation, and leave the model in eval mode"
-            )
-
-    def check_seen(self) -> None:
-        """Raises where the loss is one of other weights: nothing in it changes, whatever becomes of these.
-
-        A loss that is the same without a single weight may be that of a new head, whose weights are all zero; NaN
-        reaches it all the same.
-        """
-        whole = self.at(STEPS)
-        with self.order.pruned(0):  # all of them, so that all are put back
-            unseen = self._evaluate(0) == whole
-            if unseen:
-                for weight in self.order.weights.values():
-                    weight.data.fill_(math.nan)
-                unseen = math.isfinite(self._evaluate(0))
-        self.losses.pop(0, None)
-        if unseen:
-            raise ValueError(
-                f"the loss stays {whole} whatever becomes of the {self.order.count} weights of the model: the loss "
-                f"function computes it with another model, such as a copy. Compute it with the model that it is given"
-            )
-
-    def _evaluate(self, step: int) -> float:
-        self.evaluations += 1
-        losses: Any = self.evaluate(self.model)
-        losses, weights = losses if isinstance(losses, tuple) else (losses, None)
-        values = np.atleast_1d(torch.as_tensor(losses).detach().double().cpu().numpy())
-        if values.size == 0:
-            raise ValueError("the loss function returned no losses: its sample is empty")
-        if values.ndim != 1:
-            raise ValueError(
-                f"the loss function returned shape {list(values.shape)}: expected one loss an example [n]"
-            )
-        if self.losses and values.shape != self.losses[STEPS].shape:
-            raise ValueError(f"the loss function returned {values.size} losses, before {self.samples}: fix its sample")
-        if torch.as_tensor(losses).dim():
-            self.losses[step] = values
-        if weights is not None:
-            self.weights = torch.as_tensor(weights).double().cpu().numpy()
-            if not self.weights.sum() > 0:
-                raise ValueError("the weights of the losses sum to 0: no example of the sample has a label")
-        return float(np.average(values, weights=self.weights)) if np.isfinite(values).all() else float(values.mean())
-
-
-def _interval(curve: LossCurve, tolerance: float, mode: str, seed: int) -> tuple[float, float] | None:
-    """Percentiles of the fraction over samples drawn with replacement from the examples, from the losses at hand."""
-    if curve.samples in (None, 1):
-        return None
-    steps = np.array(sorted(curve.losses))
-    losses = np.nan_to_num(np.stack([curve.losses[step] for step in steps]), posinf=1e30)
-    n = losses.shape[1]
-    weights = np.ones(n) if curve.weights is None else curve.weights
-    generator, found = np.random.default_rng(seed), []
-    for _ in range(_BOOTSTRAP):  # one by one: all at once would hold 1,000 counts of each example
-        counts = np.bincount(generator.integers(n, size=n), minlength=n) * weights
-        means = losses @ counts / counts.sum()  # [steps]
-        excess = means - _bound(means[-1], tolerance, mode)
-        found.append(math.ceil(_crossing(steps, excess) - 1e-9) / STEPS)
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _crossing(steps: np.ndarray, excess: Sequence[float] | np.ndarray) -> float:
-    """The step from which on no excess is above 0, between two evaluated steps on the line that joins them."""
-    above = np.flatnonzero(np.asarray(excess) > 0)
-    if not len(above):
-        return float(steps[0])
-    last = above[-1]
-    share = excess[last] / (excess[last] - excess[last + 1]) if excess[last] < 1e29 else 1.0
-    return float(steps[last] + share * (steps[last + 1] - steps[last]))

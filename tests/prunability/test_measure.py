@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_efx import SliceOutConfig, TargetedDropoutConfig, get_efx_model
-from hf_efx.prunability import measure, measure_prunability
+from hf_efx.prunability import loss_curve, measure_prunability
 from hf_efx.prunability.sample import Sample
 from prunability.networks import cross_entropies, digits, squared_errors, trained, two_weights
 
@@ -103,10 +103,10 @@ def test_memorised_labels_need_more_weights():
 
 
 def test_crossing_by_hand():
-    steps = measure.np.array([10, 20, 50, 100])
-    assert measure._crossing(steps, [3.0, 1.0, -0.5, -1.0]) == 40.0  # two thirds of the way from 20 to 50
-    assert measure._crossing(steps, [-1.0, 2.0, -2.0, -1.0]) == 35.0  # the last crossing counts
-    assert measure._crossing(steps, [-1.0, -1.0, -1.0, -1.0]) == 10.0
+    steps = loss_curve.np.array([10, 20, 50, 100])
+    assert loss_curve._crossing(steps, [3.0, 1.0, -0.5, -1.0]) == 40.0  # two thirds of the way from 20 to 50
+    assert loss_curve._crossing(steps, [-1.0, 2.0, -2.0, -1.0]) == 35.0  # the last crossing counts
+    assert loss_curve._crossing(steps, [-1.0, -1.0, -1.0, -1.0]) == 10.0
 
 
 def test_interval_narrows_with_examples():
@@ -277,8 +277,26 @@ def test_a_new_head_of_zeros_is_measured():
 
 
 @pytest.mark.parametrize(
+    "losses", [lambda model: None, lambda model: {"loss": 1.0}, lambda model: "3", lambda model: (1.0, 1.0, 1.0, None)]
+)
+def test_losses_of_another_type(losses):
+    model, _ = two_weights()
+    with pytest.raises(TypeError, match="the loss function returned a .*expected one loss an example"):
+        measure_prunability(model, losses)
+
+
+def changed(model: nn.Module) -> torch.Tensor:
+    for parameter in model.parameters():
+        parameter.add_(1)
+    return torch.ones(2)
+
+
+@pytest.mark.parametrize(
     ("losses", "message"),
     [
+        (lambda model: (torch.ones(3), torch.ones(2)), r"weights of shape \[2\]"),
+        (lambda model: (torch.ones(2), torch.tensor([2.0, -1.0])), "at least -1: expected one weight a loss"),
+        (lambda model: changed(copy.deepcopy(model)), "whatever becomes of the 2 weights"),
         (lambda model: torch.rand(4), "random"),
         (lambda model: torch.full((3,), math.nan), "NaN"),
         (lambda model: math.inf, "inf"),
@@ -293,6 +311,12 @@ def test_bad_losses(losses, message):
     with pytest.raises(ValueError, match=message):
         measure_prunability(model, losses)
     assert model.weight.tolist() == [[3.0, 1.0]]
+
+
+def test_a_loss_function_that_trains_is_refused():
+    model, _ = two_weights()
+    with pytest.raises(ValueError, match="changed the weights of the model"):
+        measure_prunability(model, changed)
 
 
 class Stream(IterableDataset):
