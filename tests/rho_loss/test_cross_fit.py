@@ -10,13 +10,20 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features, List, Value
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    default_data_collator,
+)
 
 from hf_efx.core.data.tables import IdIndex, settings_of
 from hf_efx.rho_loss import cross_fit
 from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses, deal_folds, refuse_scored
-from hf_efx.rho_loss.irreducible import train_irreducible_model
+from hf_efx.rho_loss.irreducible import Scoring
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses, load_irreducible_losses
+from hf_efx.rho_loss.side_models import train_irreducible_model
 
 ROWS = 60
 
@@ -252,8 +259,10 @@ def test_an_example_that_will_be_scored_is_refused():
 def test_the_trainer_looks_after_it(tmp_path):
     """Folds that overlap end in an error at the first step, whatever mixed them."""
     dataset = examples()
+    scoring = Scoring(default_data_collator, None, 8, "classification", "example", 0.0, None, None, True, 0)
+    models = cross_fit._FoldModels(Linear, arguments(tmp_path), scoring, {})
     with pytest.raises(RuntimeError, match="were to train the model that scores them"):
-        cross_fit._train_fold(Linear, arguments(tmp_path), dataset, dataset.select(range(30)), tmp_path / "fold")
+        models.train(dataset, dataset.select(range(30)), tmp_path / "fold")
 
 
 def test_a_table_of_a_wrong_fold_is_refused():

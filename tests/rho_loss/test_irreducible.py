@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from hf_efx.core.data.tables import settings_of, with_settings
 from hf_efx.core.data.text_data import TextCollator, byte_tokenizer
-from hf_efx.rho_loss import shards
+from hf_efx.rho_loss import irreducible
 from hf_efx.rho_loss.irreducible import compute_irreducible_losses
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses, load_irreducible_losses, save_irreducible_losses
 
@@ -133,7 +133,7 @@ def scored(monkeypatch):
     class Scored(list):
         fail_at: int | None = None
 
-    ids, finish = Scored(), shards._losses
+    ids, finish = Scored(), irreducible._losses
 
     def record(scores, drawn):
         if ids.fail_at in drawn:
@@ -141,7 +141,7 @@ def scored(monkeypatch):
         ids.extend(drawn.tolist())
         return finish(scores, drawn)
 
-    monkeypatch.setattr(shards, "_losses", record)
+    monkeypatch.setattr(irreducible, "_losses", record)
     return ids
 
 
@@ -175,16 +175,16 @@ KILLED = """
     import os, signal, sys
     sys.path.insert(0, sys.argv[1])
     import rho_loss.test_irreducible as tests
-    from hf_efx.rho_loss import shards
+    from hf_efx.rho_loss.irreducible_table import Shards
 
-    write = shards.Shards.write
+    write = Shards.write
 
     def kill_in_the_third(self, shard, *arrays):
         if shard == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, shard, *arrays)
 
-    shards.Shards.write = kill_in_the_third
+    Shards.write = kill_in_the_third
     tests.compute(output_dir=sys.argv[2])
 """
 

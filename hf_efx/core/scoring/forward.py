@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_efx.core.scoring.batches import align_left, take_rows, trim_padding
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels, per_example_loss
@@ -36,7 +37,8 @@ class Forward:
         """Logits and labels of a batch, which is taken to the model's device."""
         inputs = self._inputs(batch)
         labels = inputs.pop("labels")
-        with_labels = "labels" in self.parameters and self.parameters["labels"].default is inspect.Parameter.empty
+        # A module of one's own may need them, or compute its loss always, whatever its signature says.
+        with_labels = "labels" in self.parameters and not isinstance(self.base, PreTrainedModel)
         if self.task == "seq2seq" and not _DECODER_INPUTS & set(inputs):
             # The hook that transformers' own DataCollatorForSeq2Seq looks for; models without it shift the labels in
             # their forward alone.
@@ -46,6 +48,8 @@ class Forward:
             else:
                 inputs["decoder_input_ids"] = shift_right(labels=labels)
         outputs = self.model(**inputs, **({"labels": labels} if with_labels else {}))
+        if with_labels and isinstance(outputs, Mapping) and "logits" not in outputs:
+            outputs = self.model(**inputs)
         if isinstance(outputs, Mapping):
             outputs = outputs["logits"]
         elif isinstance(outputs, (tuple, list)):
@@ -108,7 +112,8 @@ def check_own_loss(call: Forward, batch: Mapping[str, Any], most: int | None = N
             config.problem_type = problem
     # From the same logits only the loss' own rounding stands between them, from another pass that of the logits.
     pairs = ((_mean_loss(own_logits, labels, call.task), own.dtype), (mean, logits.dtype))
-    if not len(rows) or all(torch.isclose(own.double(), one, _rounding(dtype), 1e-6).all() for one, dtype in pairs):
+    alike = (torch.isclose(own.double(), one, _rounding(dtype), 1e-6, equal_nan=True).all() for one, dtype in pairs)
+    if not len(rows) or all(alike):
         return
     if call.task == "seq2seq" and not _DECODER_INPUTS & set(batch):
         way_out = f"collate with DataCollatorForSeq2Seq(model=model), which adds decoder_input_ids, or {way_out}"
