@@ -29,7 +29,7 @@ from hf_efx.core.data.tables import (
     weights_fingerprint,
 )
 from hf_efx.core.data.text_data import source_name
-from hf_efx.core.scoring.batches import check_rows, check_same_twice
+from hf_efx.core.scoring.batches import check_rows, check_same_twice, take_rows
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scorer import Precision, Scorer, infer_task
 from hf_efx.core.scoring.scoring_state import base_model
@@ -193,7 +193,8 @@ class Scoring:
         """Looks at a few rows before any work.
 
         Raises:
-            ValueError: If they can't be scored one by one, have several labels each, or get others each time.
+            ValueError: If they can't be scored one by one, have several labels each, or get others each time; if the
+                model's own loss is another one.
         """
         rows, collate = self.source(model, dataset)
         first = list(range(min(_CHECKED_ROWS, len(dataset))))
@@ -204,6 +205,7 @@ class Scoring:
         labels = batch.get("labels")
         if self._task(model) == "classification" and isinstance(labels, torch.Tensor) and labels[0].numel() > 1:
             raise ValueError(f"labels of shape {list(labels.shape)}: {_SEVERAL_LABELS}")
+        self.scorer(model, take_rows(batch, slice(0, 8)))  # refuses what it can't score
 
     def _task(self, model: nn.Module) -> Task:
         config = getattr(base_model(model), "config", None)

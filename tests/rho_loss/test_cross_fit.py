@@ -145,6 +145,16 @@ def test_too_few_folds_or_rows_are_refused(tmp_path, folds, rows):
         cross_fit_table(tmp_path, dataset=examples(rows), folds=folds)
 
 
+def test_labels_at_random_are_refused_before_a_fold_is_trained(tmp_path):
+    def masked(rows):
+        return {**default_data_collator(rows), "labels": torch.randint(3, (len(rows),))}
+
+    steps = Steps()
+    with pytest.raises(ValueError, match="data_collator=masked .* makes other labels of the same rows each time"):
+        cross_fit_table(tmp_path, data_collator=masked, callbacks=[steps], output_dir=tmp_path / "t")
+    assert not steps.steps and not list(tmp_path.iterdir())
+
+
 class Stop(TrainerCallback):
     """Interrupts the run at a step of the n-th training."""
 
