@@ -207,11 +207,13 @@ class Harmless(ReplayTrainer):
     ],
 )
 def test_other_rows_or_another_order_are_refused_before_the_first_step(cls: Any, words: str, tmp_path: Path) -> None:
-    options = RHOLossArguments if cls is Choosing else EfxArguments
+    args = arguments(tmp_path)
+    if cls is Choosing:
+        args = arguments(tmp_path, RHOLossArguments, selection="uniform")
     net, steps = model(), sequence(draw())
     before = [p.detach().clone() for p in net.parameters()]
     with pytest.raises(ValueError, match=words):
-        cls(net, arguments(tmp_path, options), train_dataset=data(), sequence=steps).train()
+        cls(net, args, train_dataset=data(), sequence=steps).train()
     assert all(torch.equal(one, other) for one, other in zip(before, net.parameters(), strict=True))
 
 
