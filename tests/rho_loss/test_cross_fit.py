@@ -83,10 +83,10 @@ def whole(tmp_path_factory):
     return cross_fit_table(tmp_path_factory.mktemp("whole"))[:]
 
 
-def test_every_example_is_scored_by_a_model_that_never_saw_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folds", [2, 3])
+def test_every_example_is_scored_by_a_model_that_never_saw_it(tmp_path, folds, monkeypatch):
     """By the id, too: the losses say which example they are of. (The paper's code writes them by position.)"""
     monkeypatch.setattr(cross_fit, "_MERGED_AT_ONCE", 7)
-    folds = 3
     table = cross_fit_table(tmp_path, Recorder, folds=folds, training={"num_train_epochs": 1})
     ids = sorted(examples()["example_id"][:])
     assert table["example_id"][:] == ids
