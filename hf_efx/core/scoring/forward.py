@@ -1,13 +1,11 @@
 """A model's logits for a batch, and whether they give the loss that the model computes itself."""
 
 import inspect
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_efx.core.scoring.batches import align_left, take_rows, trim_padding
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels, per_example_loss
@@ -16,7 +14,7 @@ from hf_efx.core.scoring.scoring_state import base_model, scoring_state
 _DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 # Given labels alone, these mask the decoder's padding, which they don't where they are given the decoder's inputs.
 _MASK_LABELS = {"encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"}
-_NEED_LABELS: weakref.WeakSet[type] = weakref.WeakSet()  # classes that failed without, though theirs have a default
+_NEED_LABELS: set[type] = set()  # classes that failed without, though theirs have a default
 _CHECKED_ROWS = 8  # enough for means over tokens and over examples to differ
 
 
@@ -51,7 +49,7 @@ class Forward:
         try:
             outputs = self.model(**inputs, **({"labels": labels} if with_labels else {}))
         except (TypeError, AttributeError):
-            if with_labels or "labels" not in self.parameters or isinstance(self.base, PreTrainedModel):
+            if with_labels or "labels" not in self.parameters:
                 raise
             # A module of one's own, whose labels have a default, but which always computes its loss.
             outputs, with_labels = self.model(**inputs, labels=labels), True
