@@ -37,9 +37,9 @@ from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
 from hf_efx.rho_loss.loader import ColumnRows, ExtraColumnsCollator, can_fetch_columns
 from hf_efx.rho_loss.micro_batches import MicroBatch, load_pending, save_pending
 from hf_efx.rho_loss.report import REPORT_NAME, SelectionMetrics, SelectionReport, save_report
-from hf_efx.rho_loss.scoring_model import ScoringModelTraining
 from hf_efx.rho_loss.selecting import WEIGHT, ExampleSelector, Outcome, TokenSelector, make_selector, take_all
 from hf_efx.rho_loss.selection import get_selection_function
+from hf_efx.rho_loss.side_models import ScoringModelTraining
 
 logger = logging.getLogger(__name__)
 

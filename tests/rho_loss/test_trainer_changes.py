@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.rho_loss.arguments import RHOLossArguments
-from hf_efx.rho_loss.irreducible import train_irreducible_model
+from hf_efx.rho_loss.side_models import train_irreducible_model
 from hf_efx.rho_loss.trainer import RHOLossTrainer
 from rho_loss.runs import Net, Plain, arguments, data, trainer
 from rho_loss.texts import Collator, gpt2, texts, tokenizer

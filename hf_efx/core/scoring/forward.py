@@ -14,6 +14,7 @@ from hf_efx.core.scoring.scoring_state import base_model, scoring_state
 _DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 # Given labels alone, these mask the decoder's padding, which they don't where they are given the decoder's inputs.
 _MASK_LABELS = {"encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"}
+_NEED_LABELS: set[type] = set()  # classes that failed without, though theirs have a default
 _CHECKED_ROWS = 8  # enough for means over tokens and over examples to differ
 
 
@@ -36,7 +37,7 @@ class Forward:
         """Logits and labels of a batch, which is taken to the model's device."""
         inputs = self._inputs(batch)
         labels = inputs.pop("labels")
-        with_labels = "labels" in self.parameters and self.parameters["labels"].default is inspect.Parameter.empty
+        with_labels = self._needs_labels()
         if self.task == "seq2seq" and not _DECODER_INPUTS & set(inputs):
             # The hook that transformers' own DataCollatorForSeq2Seq looks for; models without it shift the labels in
             # their forward alone.
@@ -45,12 +46,25 @@ class Forward:
                 with_labels = True
             else:
                 inputs["decoder_input_ids"] = shift_right(labels=labels)
-        outputs = self.model(**inputs, **({"labels": labels} if with_labels else {}))
+        try:
+            outputs = self.model(**inputs, **({"labels": labels} if with_labels else {}))
+        except (TypeError, AttributeError):
+            if with_labels or "labels" not in self.parameters:
+                raise
+            # A module of one's own, whose labels have a default, but which always computes its loss.
+            outputs, with_labels = self.model(**inputs, labels=labels), True
+            _NEED_LABELS.add(type(self.base))
         if isinstance(outputs, Mapping):
             outputs = outputs["logits"]
         elif isinstance(outputs, (tuple, list)):
             outputs = outputs[1 if with_labels else 0]
         return outputs, labels
+
+    def _needs_labels(self) -> bool:
+        """Whether the model's forward fails without labels, as far as that is known."""
+        if "labels" not in self.parameters:
+            return False
+        return type(self.base) in _NEED_LABELS or self.parameters["labels"].default is inspect.Parameter.empty
 
     def own_loss(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss that the model computes itself for a batch, and the logits beside it."""
@@ -108,7 +122,8 @@ def check_own_loss(call: Forward, batch: Mapping[str, Any], most: int | None = N
             config.problem_type = problem
     # From the same logits only the loss' own rounding stands between them, from another pass that of the logits.
     pairs = ((_mean_loss(own_logits, labels, call.task), own.dtype), (mean, logits.dtype))
-    if not len(rows) or all(torch.isclose(own.double(), one, _rounding(dtype), 1e-6).all() for one, dtype in pairs):
+    alike = (torch.isclose(own.double(), one, _rounding(dtype), 1e-6, equal_nan=True).all() for one, dtype in pairs)
+    if not len(rows) or all(alike):
         return
     if call.task == "seq2seq" and not _DECODER_INPUTS & set(batch):
         way_out = f"collate with DataCollatorForSeq2Seq(model=model), which adds decoder_input_ids, or {way_out}"
