@@ -61,7 +61,7 @@ def test_labels_that_differ_each_time_are_refused(caplog):
         return {"labels": torch.randint(2**40, (2, 2)), "input_ids": labels}
 
     def augmented():
-        return {"labels": labels, "pixel_values": images + torch.from_numpy(np.random.rand(2, 3)), "other": torch.rand(2)}
+        return {"labels": labels, "pixel_values": images + torch.rand(2, 3), "other": torch.tensor(np.random.rand(2))}
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
