@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +24,9 @@ from hf_efx.core.training.trainer import EfxTrainerMixin
 from hf_efx.goldiprox.recording import iterate_steps
 from hf_efx.goldiprox.sequence import SelectionSequence
 from hf_efx.rho_loss.loader import ColumnRows, ExtraColumnsCollator, can_fetch_columns
+from hf_efx.rho_loss.trainer import RHOLossMixin
+
+logger = logging.getLogger(__name__)
 
 REPLAY_NAME = "replay.json"  # in a checkpoint: which sequence it is a part of
 
@@ -64,10 +68,11 @@ class ReplayMixin(EfxTrainerMixin, _Base):
 
     Each step trains on exactly the examples that the sequence has for it, over however many processes and
     micro-batches: `per_device_train_batch_size` x `gradient_accumulation_steps` x processes must be the sequence's
-    examples a step. The run is as long as the sequence, or `max_steps` if that is less; `num_train_epochs` isn't read,
-    and the order is the sequence's, whatever the training data's. With the micro-batches of the run that selected,
-    the same initial weights and no randomness in the model, the final weights are the same bits (but for steps that
-    ended an epoch there with fewer micro-batches than `gradient_accumulation_steps`: these are split anew).
+    examples a step. The run is as long as the sequence, or `max_steps` if that is less; `num_train_epochs` isn't read
+    (a warning says so where it was set), and the order is the sequence's, whatever the training data's. A sampler, a
+    loader or batches of a subclass' own are refused before the first step. With the micro-batches of the run that
+    selected, the same initial weights and no randomness in the model, the final weights are the same bits (but for
+    steps that ended an epoch there with fewer micro-batches than `gradient_accumulation_steps`: these are split anew).
 
     Args:
         *args: As for the Trainer. `train_dataset` is the data set that was selected from, with its `example_id` column
@@ -77,11 +82,15 @@ class ReplayMixin(EfxTrainerMixin, _Base):
             the fingerprint covers, for instance by another tokenizer's `map(..., remove_columns=...)`.
         **kwargs: As for the Trainer.
 
-    Options are read when training begins: what is set on `args` later counts.
+    Options, `train_dataset` and `sequence` are read when training begins: what is set later counts.
 
     Raises:
         ValueError: If data set or options don't fit the sequence; here, and again before the first step.
     """
+
+    _loader: DataLoader | None = None  # of the run
+    _batches: list[Any] | None = None  # of the step
+    _verified: tuple[Any, ...] = ()  # the sequence and the data that were compared
 
     def __init__(
         self,
@@ -95,14 +104,39 @@ class ReplayMixin(EfxTrainerMixin, _Base):
             raise ValueError(
                 f"sequence={sequence!r}: pass a SelectionSequence, for instance SelectionSequence.from_hub(...)."
             )
-        self.sequence = sequence
+        self.sequence, self.raw_dataset = sequence, raw_dataset
+        self._check()
+
+    def _check(self) -> None:
+        """Refuses what doesn't fit the sequence, and what would train on other rows or in another order."""
+        self._check_overridden()
         self._check_options()
         self._replayed_steps(self.args)
+        compared = (self.sequence, self.train_dataset, self.raw_dataset)
+        if len(self._verified) == 3 and all(one is other for one, other in zip(compared, self._verified, strict=True)):
+            return
         data = check_dataset(self.train_dataset, "train_dataset", ids=True)
-        sequence.verify(data if raw_dataset is None else raw_dataset)
+        self.sequence.verify(data if self.raw_dataset is None else self.raw_dataset)
         self._index = IdIndex(data)
-        for steps in iterate_steps(sequence.dataset):
+        for steps in iterate_steps(self.sequence.dataset):
             self._index.rows(steps.example_ids)  # raises for one that isn't there
+        self._verified = compared
+
+    def _check_overridden(self) -> None:
+        if isinstance(self, RHOLossMixin):
+            raise ValueError(
+                f"{type(self).__name__} would choose among the examples that were chosen already: put ReplayMixin "
+                f"over a Trainer that selects nothing."
+            )
+        classes = type(self).__mro__
+        below = classes[classes.index(ReplayMixin) + 1 : classes.index(Trainer)]
+        names = {"_get_train_sampler": classes, "get_train_dataloader": below, "get_batch_samples": below}
+        for name, owners in names.items():
+            if own := [owner for owner in owners if owner is not Trainer and name in vars(owner)]:
+                raise ValueError(
+                    f"{name} of {own[0].__name__} has no place in a replay, whose rows and order are the sequence's: "
+                    f"leave it out."
+                )
 
     def _check_options(self) -> None:
         args, size = self.args, self.sequence.examples_per_step
@@ -114,6 +148,11 @@ class ReplayMixin(EfxTrainerMixin, _Base):
         if getattr(args, "packing", False):  # trl's
             raise ValueError(
                 "packing=True puts several examples into one row, which then has no id: set packing=False."
+            )
+        if args.dataloader_drop_last and self.sequence.fewest_examples < size:
+            raise ValueError(
+                f"dataloader_drop_last=True: the sequence has steps of {self.sequence.fewest_examples} to {size} "
+                f"examples, and a replay leaves none out. Leave it False."
             )
         for name in ("auto_find_batch_size", "ignore_data_skip"):
             if getattr(args, name):
@@ -154,14 +193,43 @@ class ReplayMixin(EfxTrainerMixin, _Base):
         return args.max_steps if args.max_steps > 0 else len(self.sequence)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_options()
+        self._check()
+        if self.args.max_steps <= 0 and self.args.num_train_epochs != type(self.args).num_train_epochs:
+            logger.warning(
+                "num_train_epochs=%g isn't read in a replay, which is as long as its sequence, %d steps. max_steps "
+                "makes it shorter, a longer selection longer.",
+                *(self.args.num_train_epochs, len(self.sequence)),
+            )
         return super()._inner_training_loop(*args, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
-        """As the Trainer's, with the sequence as the one epoch."""
+        """As the Trainer's, with the sequence as the one epoch.
+
+        Raises:
+            ValueError: If the loader isn't the sequence's.
+        """
+        if dataloader is not self._loader:
+            raise ValueError(
+                f"get_train_dataloader of {type(self).__name__} gives another loader than the sequence's: leave it "
+                f"out, or return what super().get_train_dataloader() returns."
+            )
         args = copy.copy(args)  # the user's own may serve another sequence
         args.max_steps = self._replayed_steps(args)
         return super().set_initial_training_values(args, dataloader)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; what a step then trains on is compared with it."""
+        self._batches, count = super().get_batch_samples(*args, **kwargs)
+        return list(self._batches), count  # a list of its own, which a subclass may change
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        model: Any = self.model
+        if model.training and self._batches is not None and not any(inputs is batch for batch in self._batches):
+            raise ValueError(
+                f"get_batch_samples of {type(self).__name__} gives other batches than the sequence's: return those of "
+                f"super().get_batch_samples, and change inputs in compute_loss."
+            )
+        return super()._prepare_inputs(inputs)
 
     def get_train_dataloader(self) -> DataLoader:
         """The data loader that gives the sequence's steps; as the Trainer's in all else."""
@@ -187,7 +255,8 @@ class ReplayMixin(EfxTrainerMixin, _Base):
             worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
         # Over several processes accelerate gives batch i to process i modulo their number, as the sampler means it.
-        return self.accelerator.prepare(loader)
+        self._loader = self.accelerator.prepare(loader)
+        return self._loader  # pyright: ignore[reportReturnType]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

@@ -23,6 +23,7 @@ from hf_efx.core.data.tables import (
     settings_of,
     with_settings,
 )
+from hf_efx.core.results.plots import save_figure
 from hf_efx.goldiprox.recording import describe_content, iterate_steps, steps_table
 from hf_efx.goldiprox.statistics import plot_statistics, sequence_statistics
 from hf_efx.registry import METHODS
@@ -192,8 +193,7 @@ class SelectionSequence:
         """
         figure = plot_statistics(self.statistics(dataset, label_column, windows))
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=120)
+            save_figure(figure, path)
         return figure
 
     def save_to_disk(self, folder: str | os.PathLike[str]) -> Path:

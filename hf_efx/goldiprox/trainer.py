@@ -22,8 +22,8 @@ from hf_efx.core.scoring.scoring_state import base_model
 from hf_efx.goldiprox.recording import SequenceRecorder
 from hf_efx.goldiprox.sequence import SelectionSequence
 from hf_efx.rho_loss.exchange import gather_equal
+from hf_efx.rho_loss.irreducible_table import changes
 from hf_efx.rho_loss.selecting import resolve_precision
-from hf_efx.rho_loss.shards import changes
 from hf_efx.rho_loss.trainer import RHOLossMixin, RHOLossTrainer
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_efx.core.results.plots import png_axes
+from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 from hf_efx.core.results.statistics import Interval, percentile_interval
 
 Scores = Sequence[float] | np.ndarray
@@ -144,19 +144,19 @@ def plot_roc(
         ImportError: If matplotlib or scikit-learn isn't installed.
         ValueError: As `detection_report`; where all sources are of one kind, too.
     """
-    shifted, path = _labels(is_shifted), Path(path)
+    shifted = _labels(is_shifted)
     reports = {name: detection_report(values, shifted, draws=0) for name, values in scores.items()}
     if reason := next((report.reason for report in reports.values() if report.reason), ""):
         raise ValueError(f"plot_roc: {reason}")
-    with png_axes(path) as axes:
-        for name, values in scores.items():
-            wrong, right, _ = _sklearn_metrics().roc_curve(shifted, np.asarray(values, np.float64))
-            axes.plot(wrong, right, label=f"{name} ({reports[name].auroc:.3f})")
-        axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=0.8)
-        axes.set(xlabel="share of the other sources deferred", ylabel="share of the shifted sources deferred")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    return path
+    figure, axes = matplotlib_pyplot().subplots(figsize=(5, 4), layout="constrained")
+    for name, values in scores.items():
+        wrong, right, _ = _sklearn_metrics().roc_curve(shifted, np.asarray(values, np.float64))
+        axes.plot(wrong, right, label=f"{name} ({reports[name].auroc:.3f})")
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=0.8)
+    axes.set(xlabel="share of the other sources deferred", ylabel="share of the shifted sources deferred")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return save_figure(figure, path)
 
 
 def finite_scores(scores: Any, name: str) -> np.ndarray:

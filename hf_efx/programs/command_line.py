@@ -39,6 +39,7 @@ class OptionParser(HfArgumentParser):
         for action in self._actions:  # argparse formats help texts with %
             action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
         self.options, self.config = list(options), config
+        self.given: frozenset[str] = frozenset()  # names of the options that `read` found
         self.add_argument("--config", help="YAML file of options, which the command line overrides.")
         self._config_fields = config_option_fields(config) if config else []
         if config:
@@ -72,6 +73,9 @@ class OptionParser(HfArgumentParser):
             if unknown:
                 raise ValueError(f"unknown option {unknown[0]}{self._near(unknown[0])}.")
             values = vars(found)
+            unset = argparse.Namespace(**dict.fromkeys(values))
+            words = vars(self.parse_known_args([*from_file, *arguments], unset)[0])
+            self.given = frozenset(name for name, value in words.items() if value is not None)
             fields = [[f.name for f in dataclasses.fields(kind) if f.init] for kind in self.options]
             read = [kind(**{n: values[n] for n in names}) for kind, names in zip(self.options, fields, strict=True)]
             if self.config:

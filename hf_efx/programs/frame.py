@@ -20,6 +20,15 @@ from hf_efx.core.results.evidence import public_command
 from hf_efx.core.results.plots import matplotlib_pyplot
 from hf_efx.programs.command_line import OptionParser
 from hf_efx.programs.model_options import ModelOptions, checkpoint_config
+from hf_efx.programs.tasks import CheckpointTaskOptions
+
+# Training arguments that do nothing in a program that evaluates, times a step and saves, by their beginnings.
+_OF_TRAINING = ("optim", "learning_rate", "weight_decay", "adam_", "max_grad_norm", "lr_scheduler", "warmup_")
+_OF_TRAINING += ("num_train_epochs", "max_steps", "gradient_", "neftune", "torch_empty_cache", "auto_find_batch")
+_OF_TRAINING += ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "logging_s", "logging_first")
+_OF_TRAINING += ("logging_nan", "save_s", "save_total", "save_on_each", "save_only", "load_best", "metric_for_best")
+_OF_TRAINING += ("greater_is_better", "resume_from", "ignore_data_skip", "train_sampling", "restore_callback")
+_OF_TRAINING += ("include_num_input", "average_tokens", "enable_jit_checkpoint", "stateful_", "batch_eval")
 
 
 def run_program(
@@ -30,6 +39,7 @@ def run_program(
     description: str | None,
     options: Sequence[type],
     config: type | None = None,
+    trains: bool = True,
     **defaults: Any,
 ) -> int:
     """Runs a program from its command line to its exit status.
@@ -45,6 +55,7 @@ def run_program(
         description: Its first line says what the program does.
         options: Dataclasses, each of whose fields is an option.
         config: A method's config class, whose own fields are options too.
+        trains: Whether it does; otherwise training arguments that act in training alone are refused.
         **defaults: Of options, where they differ from the dataclasses'.
 
     Returns:
@@ -54,6 +65,11 @@ def run_program(
     parser = OptionParser(options, config, prog, (description or "").splitlines()[0])
     parser.set_defaults(**defaults)
     read = parser.read(argv)
+    if idle := [] if trains else sorted(name for name in parser.given if name.startswith(_OF_TRAINING)):
+        parser.error(f"--{idle[0]} acts in training alone, and this program trains nothing: leave it out.")
+    for one in read:
+        if isinstance(one, CheckpointTaskOptions):
+            one.given = parser.given
     words = ["-m", "hf_efx.cli", prog.removeprefix("hf-efx ")] if prog.startswith("hf-efx ") else [f"scripts/{prog}"]
     try:
         for one in read:

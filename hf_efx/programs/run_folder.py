@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,13 @@ class RunFolder:
         path: The folder.
         settings: All that the run's figures depend on, but for its length.
         length: The steps and epochs asked for.
+        data: Options that load the run's data again, for programs that look at its model; not compared.
     """
 
     path: Path
     settings: Mapping[str, Any]
     length: Mapping[str, Any]
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, resume: bool) -> None:
         """Refuses a folder where another run's checkpoints lie, which this run would take now, or once it is cut.
@@ -94,16 +97,30 @@ class RunFolder:
         """Says whose folder it is, and of a finished run its figures."""
         self.path.mkdir(parents=True, exist_ok=True)
         content = {"settings": self._plain(), "length": self.length, "run": run and dataclasses.asdict(run)}
+        content["data"] = dict(self.data)
         write_atomically(self.path / RUN, json.dumps(content, indent=1) + "\n")
 
     def _plain(self) -> dict[str, Any]:
         return json.loads(json.dumps(self.settings, default=str))
 
     def _read(self) -> dict[str, Any] | None:
-        try:
-            return json.loads((self.path / RUN).read_text())
-        except FileNotFoundError:
-            return None
+        return _content(self.path)
+
+
+def _content(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / RUN).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def data_of_run(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
+    """The options that load the data of the run in a folder, and the fingerprint of what it trained on.
+
+    Nothing of both where no run of a program lies there, as at a checkpoint of others.
+    """
+    content = _content(Path(folder)) or {}
+    return content.get("data", {}), content.get("settings", {}).get("data")
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult
 
 from hf_efx.core.data.fingerprints import data_fingerprint
 from hf_efx.core.model.record import config_class, efx_record
-from hf_efx.core.results.card import write_model_card
+from hf_efx.core.results.card import eval_results, write_model_card
 from hf_efx.core.results.evidence import print_results, summary_table, write_results
-from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 from hf_efx.programs.command_line import config_option_fields
 from hf_efx.programs.frame import not_the_input
 from hf_efx.programs.task_run import Run, TaskJob
@@ -153,8 +153,7 @@ def plot_runs(runs: Sequence[Run], metric: str, path: Path) -> None:
     for axes in (steps, seconds):
         axes.grid(alpha=0.3)
     steps.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
@@ -180,17 +179,12 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
     axes.set_title("thin: training, dots: validation", fontsize=10, loc="left")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def evaluations(task: LearningTask, figures: Mapping[str, float]) -> list[EvalResult]:
     """Figures of a task's validation data, by their names, as cards take them."""
-    data = evaluated_on(task)
-    return [
-        EvalResult(metric_type=name, metric_name=name.replace("_", " "), metric_value=value, **data)
-        for name, value in figures.items()
-    ]
+    return eval_results(figures, **evaluated_on(task))
 
 
 def evaluated_on(task: LearningTask) -> dict[str, Any]:

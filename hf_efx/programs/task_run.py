@@ -117,8 +117,9 @@ class TaskJob:
         task: The task.
         model_options: Which model.
         settings: Of the data, for results and cards.
+        plot: Whether a plot is wanted.
+        data: Options that load the data again.
         card: Whether a card is wanted.
-        plot: Whether a plot is.
         start: What the runs start from, as fingerprints and settings.
     """
 
@@ -129,6 +130,7 @@ class TaskJob:
     model_options: ModelOptions
     settings: dict[str, Any]
     plot: bool = True
+    data: dict[str, Any] = field(default_factory=dict)
     card: bool = field(init=False)
     start: dict[str, Any] = field(init=False)
 
@@ -150,7 +152,8 @@ class TaskJob:
         options = dataclasses.replace(task_options, holdout_share=task_options.holdout_share or 0.0)
         with args.main_process_first(desc="loading the data"):
             task = load_task(options, model_options.model_name_or_path)
-        return cls(method, command, args, task, model_options, data_settings(options, task), plot)
+        data = {**dataclasses.asdict(options), "tokenizer": None, "vocab_size": None}  # the checkpoint has its own
+        return cls(method, command, args, task, model_options, data_settings(options, task), plot, data)
 
     def __post_init__(self) -> None:
         self.card, self.args.model_card = self.args.model_card, False  # `write` says more than one written on a push
@@ -192,7 +195,8 @@ class TaskJob:
 
     def _folder_of(self, args: Any, settings: Mapping[str, Any]) -> RunFolder:
         settings = {**self.start, "args": training_settings(args), **settings}
-        return RunFolder(Path(str(args.output_dir)), settings, {name: getattr(args, name) for name in LENGTH})
+        length = {name: getattr(args, name) for name in LENGTH}
+        return RunFolder(Path(str(args.output_dir)), settings, length, self.data)
 
     def _check(self, own: RunFolder) -> None:
         if not isinstance(self.resume, str):  # a checkpoint that is named is taken, whosever it is

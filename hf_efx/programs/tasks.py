@@ -6,7 +6,7 @@ text; the same text labelled by the part of the library that it comes from (`ema
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from hf_efx.core.scoring import losses
 from hf_efx.core.scoring.scorer import class_names
 from hf_efx.programs.causal_lm import DataOptions, check_fit
 from hf_efx.programs.model_options import ModelOptions, checkpoint_config, parse_overrides, scratch_config
+from hf_efx.programs.run_folder import data_of_run
 
 CORRUPTED_COLUMN = "corrupted"
 _AUTO_CLASSES: dict[str, Any] = {
@@ -153,14 +154,22 @@ class TaskOptions(DataOptions):
 
 @dataclass
 class CheckpointTaskOptions(TaskOptions):
-    """The task that a checkpoint was trained for, and on which data it is measured."""
+    """The task that a checkpoint was trained for, and on which data it is measured.
+
+    Attributes:
+        given: Names of the options that the command line gives, which win over those of the checkpoint's run.
+    """
+
+    given = frozenset[str]()
 
     task: Literal["text_classification", "image_classification", "causal_lm"] | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None, metadata={"help": "What the checkpoint was trained for. Without it as its class says."}
     )
 
     def of_checkpoint(self, name: str) -> "CheckpointTaskOptions":
-        """These options with the task of a checkpoint, where they name none.
+        """These options; those that aren't given, as the run that made a checkpoint had them, and with its task.
+
+        What is taken from the run, and what differs from it, is printed.
 
         Args:
             name: A folder or a name on the Hub.
@@ -170,15 +179,26 @@ class CheckpointTaskOptions(TaskOptions):
             ValueError: If its class doesn't tell the task.
         """
         classes = checkpoint_config(name).architectures or []
-        if self.task:
-            return self
+        run, _ = data_of_run(name)
+        there = {option: value for option, value in run.items() if value != getattr(self, option)}
+        if taken := {option: value for option, value in there.items() if option not in self.given}:
+            print(f"as in the run that made {name}: {_named(taken)}")
+        if differing := {option: getattr(self, option) for option in there if option in self.given}:
+            print(f"as given, other than in the run that made {name}: {_named(differing)}")
+        options = dataclasses.replace(self, **{"holdout_share": self.holdout_share or 0.0, **taken})
+        if options.task:
+            return options
         task: Any = next((task for task, head in _HEADS.items() if class_names(head) & {*classes}), None)
         if task is None:
             raise ValueError(
                 f"model_name_or_path={name!r} was saved as {' or '.join(classes) or 'no class at all'}, which doesn't "
                 f"tell its task: name it with --task ({', '.join(_HEADS)})."
             )
-        return dataclasses.replace(self, task=task)
+        return dataclasses.replace(options, task=task)
+
+
+def _named(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_efx.core.data.fingerprints import weights_fingerprint
 from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scoring_state import scoring_state
+from hf_efx.prunability.loss_curve import LossCurve
 from hf_efx.prunability.measure import (
     PrunabilityResult,
     ToleranceMode,
@@ -19,7 +22,7 @@ from hf_efx.prunability.measure import (
     measure_prunability,
 )
 from hf_efx.prunability.sample import EvaluateLoss, Sample
-from hf_efx.prunability.weights import Criterion, Scope, prunable_weights
+from hf_efx.prunability.weights import Criterion, Scope, WeightOrder, prunable_weights
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,8 @@ class PrunabilityCallback(TrainerCallback):
     stands beside it: early in training, the less a network has learnt the less it has to lose.
 
     The loss of a data set is the model's own, with the run's label smoothing. A Trainer with a `compute_loss` or
-    `compute_loss_func` of its own needs a function here that returns the same losses.
+    `compute_loss_func` of its own needs a function here that returns the same losses: a callback can't reach its
+    Trainer, but sees before the first optimizer step whether the model's loss is what is trained on.
 
     Under several processes each measures the same, without communication. Sharded models (FSDP, DeepSpeed stage 3)
     can't be measured: no process has their weights.
@@ -58,8 +62,10 @@ class PrunabilityCallback(TrainerCallback):
         results: (step, result) of each evaluation in this call of `train()`.
 
     Raises:
+        TypeError: An option of another type.
         ValueError: An option out of range, or as `Sample` does. When training begins: weights that can't be ranked, a
-            loss that can't be computed.
+            loss that can't be computed or is another model's. Before the first optimizer step: a Trainer that trains
+            on another loss than the model's own; with a `task` it is a warning.
     """
 
     def __init__(
@@ -78,9 +84,6 @@ class PrunabilityCallback(TrainerCallback):
         task: Task | None = None,
         batch_size: int = 64,
     ) -> None:
-        check_options(tolerance, criterion, scope, tolerance_mode)
-        self.losses = losses_of(losses, samples, seed, data_collator, task, batch_size, 0.0)
-        self._own_sample = self.losses is not losses
         self.options: dict[str, Any] = {
             "tolerance": tolerance,
             "criterion": criterion,
@@ -90,6 +93,10 @@ class PrunabilityCallback(TrainerCallback):
             "embeddings": embeddings,
             "seed": seed,
         }
+        check_options(**self.options)
+        self.losses = losses_of(losses, samples, seed, data_collator, task, batch_size, 0.0)
+        self._own_sample = self.losses is not losses
+        self._watch: _LossWatch | None = None
         self.results: list[tuple[int, PrunabilityResult]] = []
         self._measured: str | None = None  # fingerprint of the weights that the last result is of
 
@@ -98,12 +105,40 @@ class PrunabilityCallback(TrainerCallback):
     ) -> None:
         """Forgets an earlier run, and sees to it that the evaluations won't fail."""
         self.results, self._measured = [], None
+        self.on_train_end(args, state, control)  # of a run that was cut in its first step
+        model = unwrap_model(model)
         if isinstance(self.losses, Sample) and self._own_sample:
             self.losses = self.losses.smoothed(args.label_smoothing_factor)
-        model = unwrap_model(model)
-        prunable_weights(model, self.options["embeddings"])
+        order = WeightOrder(prunable_weights(model, self.options["embeddings"]))
         with scoring_state(model, copy_buffers=True):
-            self.losses(model)
+            LossCurve(model, order, self.losses).check_seen()
+        if self._own_sample and not args.label_smoothing_factor:  # with it the Trainer computes from the logits
+            self._watch = _LossWatch(model)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first step: refuses, or with a task warns, where the Trainer trains on another loss."""
+        watch, self._watch = self._watch, None
+        if watch is None or watch.model_loss_is_trained():
+            return
+        task = self.losses.scorer.task if isinstance(self.losses, Sample) else None
+        told = (
+            "The Trainer doesn't train on the loss that the model returns, but on one of its own (compute_loss_func, "
+            "or a compute_loss), which prunability doesn't know"
+        )
+        way_out = "give PrunabilityCallback a function of the model that returns the Trainer's losses [n]"
+        if task is None:
+            raise ValueError(f"{told}: {way_out}, or name the task, if the loss is as of that.")
+        logger.warning("%s: it is measured by the loss of task=%r. Where that differs, %s.", told, task, way_out)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the hook off a model that made no step."""
+        if self._watch is not None:
+            self._watch.model_loss_is_trained()
+            self._watch = None
 
     def on_evaluate(
         self,
@@ -132,3 +167,33 @@ class PrunabilityCallback(TrainerCallback):
             logger.info(
                 "step %d: prunability %.2f at training loss %.4g", state.global_step, result.fraction, result.loss
             )
+
+
+class _LossWatch:
+    """Sees in a training step whether the gradient comes through the loss that the model itself returns.
+
+    Args:
+        model: An unwrapped model, which is hooked until `model_loss_is_trained` is asked.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._passes = self._reached = 0
+        self._hook = model.register_forward_hook(self._after_forward)
+
+    def model_loss_is_trained(self) -> bool:
+        """Whether it did; also where no forward pass was seen. Takes the hook off."""
+        self._hook.remove()
+        return not self._passes or bool(self._reached)
+
+    @torch.compiler.disable
+    def _after_forward(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        self._passes += 1
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = loss[0] if isinstance(loss, (tuple, list)) else loss
+        if isinstance(loss, torch.Tensor) and loss.requires_grad:
+            loss.register_hook(self._count)
+
+    def _count(self, gradient: torch.Tensor) -> None:
+        self._reached += 1

@@ -7,30 +7,28 @@ validation set: the loss is that of a fixed sample of the training data.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-import torch
 from huggingface_hub import EvalResult
 from torch import nn
 
 from hf_efx.core.model.wrappers import unwrap_model
+from hf_efx.core.results.card import eval_results
 from hf_efx.core.results.curves import PruningCurve
-from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scoring_state import scoring_state
-from hf_efx.prunability.sample import EvaluateLoss, Sample
+from hf_efx.prunability.loss_curve import STEPS, LossCurve, bound_of, interval_of
+from hf_efx.prunability.sample import EvaluateLoss, Sample, check_whole_number
 from hf_efx.prunability.weights import Criterion, Scope, WeightOrder, prunable_weights
 
 ToleranceMode = Literal["relative", "absolute"]
 
-STEPS = 100  # grid points; bisection finds one of them in 7 evaluations, and 2 more look at the whole model
-_BOOTSTRAP = 1000
 _DATA_SET = {"samples": 1000, "data_collator": None, "task": None, "batch_size": 64, "label_smoothing": 0.0}
-_REPEAT = 1e-5  # two evaluations of one model may differ by this share: sums on a GPU have no fixed order
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,9 @@ class PrunabilityResult:
             at all that was evaluated. 1 if nothing may go.
         curve: The loss over the fraction *pruned*, 1 - kept, at all that was evaluated.
         evaluations: Of the loss over the whole sample.
-        interval: 95% interval of `fraction` by bootstrap over examples; None for a loss that is one number. Between
-            evaluated fractions the loss is taken to be linear, so it is wider than a grid step only where the sample
-            makes it so.
+        interval: 95% interval of `fraction` by bootstrap over examples; None for a loss that is one number, and of
+            one example. Between evaluated fractions the loss is taken to be linear, so it is wider than a grid step
+            only where the sample makes it so.
         lowest: The smallest fraction of the grid that stays within the tolerance at all, with `exhaustive=True`; it
             lies below `fraction` where the loss isn't monotone.
         loss: Of the whole model.
@@ -96,10 +94,7 @@ class PrunabilityResult:
         axes.set(xlabel="fraction of weights kept", ylabel="loss on the sample")
         axes.grid(alpha=0.3)
         axes.legend()
-        path = Path(path)
-        figure.savefig(path, dpi=100)
-        plt.close(figure)
-        return path
+        return save_figure(figure, path, dpi=100)
 
     def to_eval_results(
         self, *, task_type: str, dataset_type: str, dataset_name: str, **more: Any
@@ -112,18 +107,9 @@ class PrunabilityResult:
             dataset_name: The data's name for people.
             **more: Other fields of `huggingface_hub.EvalResult`, such as `dataset_split`.
         """
-        return [
-            EvalResult(
-                task_type=task_type,
-                dataset_type=dataset_type,
-                dataset_name=dataset_name,
-                metric_type="prunability",
-                metric_name="prunability",
-                metric_value=self.fraction,
-                metric_config=f"{self.settings['criterion']}, {self.settings['scope']}",
-                **more,
-            )
-        ]
+        data = {"task_type": task_type, "dataset_type": dataset_type, "dataset_name": dataset_name}
+        settings = {"metric_config": f"{self.settings['criterion']}, {self.settings['scope']}"}
+        return eval_results({"prunability": self.fraction}, **{**settings, **data, **more})
 
 
 def measure_prunability(
@@ -171,20 +157,11 @@ def measure_prunability(
         label_smoothing: As the model was trained with.
 
     Raises:
+        TypeError: An option of another type, or no model.
         ValueError: An option out of range; weights that can't be ranked; an empty sample; a loss that isn't finite,
-            differs from call to call, or is 0 under a relative tolerance.
+            differs from call to call, is 0 under a relative tolerance, or isn't one of these weights.
     """
-    check_options(tolerance, criterion, scope, tolerance_mode)
-    evaluate = losses_of(losses, samples, seed, data_collator, task, batch_size, label_smoothing)
-    model = unwrap_model(model)
-    order = WeightOrder(prunable_weights(model, embeddings), criterion, scope, seed)
-    with scoring_state(model, copy_buffers=True):  # a loss function may switch to training mode
-        curve = _LossCurve(model, order, evaluate)
-        curve.check_whole(tolerance_mode)
-        bound = _bound(curve.at(STEPS), tolerance, tolerance_mode)
-        found, lowest = (_scan if exhaustive else _bisect)(lambda step: curve.at(step) <= bound)
-        kept = order.kept(found / STEPS)
-    settings = {
+    settings: dict[str, Any] = {
         "tolerance": tolerance,
         "tolerance_mode": tolerance_mode,
         "criterion": criterion,
@@ -193,30 +170,69 @@ def measure_prunability(
         "exhaustive": exhaustive,
         "seed": seed,
     }
-    points = tuple((1 - step / STEPS, mean) for step, mean in curve.means.items())
+    check_options(**settings)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module, such as AutoModel loads")
+    evaluate = losses_of(losses, samples, seed, data_collator, task, batch_size, label_smoothing)
+    model = unwrap_model(model)
+    with scoring_state(model, copy_buffers=True):  # a loss function may switch to training mode
+        curve = LossCurve(model, WeightOrder(prunable_weights(model, embeddings), criterion, scope, seed), evaluate)
+        curve.check_whole(tolerance_mode)
+        bound = bound_of(curve.at(STEPS), tolerance, tolerance_mode)
+        found, lowest = (_scan if exhaustive else _bisect)(lambda step: curve.at(step) <= bound)
+        if found == 1 and curve.at(1) == curve.at(STEPS):
+            curve.check_seen()
+        return _result(curve, found, lowest, bound, settings)
+
+
+def _result(
+    curve: LossCurve, found: int, lowest: int | None, bound: float, settings: dict[str, Any]
+) -> PrunabilityResult:
+    """What was found, in steps of the grid; inside `scoring_state`."""
+    order, points = curve.order, tuple((1 - step / STEPS, mean) for step, mean in curve.means.items())
     return PrunabilityResult(
         fraction=found / STEPS,
         curve=PruningCurve(points, "loss", higher_is_better=False, settings=settings),
         evaluations=curve.evaluations,
-        interval=_interval(curve, tolerance, tolerance_mode, seed),
+        interval=interval_of(curve, settings["tolerance"], settings["tolerance_mode"], settings["seed"]),
         lowest=None if lowest is None else lowest / STEPS,
         loss=curve.at(STEPS),
         bound=bound,
         weights=order.count,
-        kept={name: count / order.weights[name].numel() for name, count in kept.items()},
+        kept={name: count / order.weights[name].numel() for name, count in order.kept(found / STEPS).items()},
         samples=curve.samples,
         settings=settings,
     )
 
 
-def check_options(tolerance: float, criterion: str, scope: str, tolerance_mode: str) -> None:
-    """Raises ValueError for options of `measure_prunability` that are out of range."""
+def check_options(
+    *,
+    tolerance: float,
+    criterion: str,
+    scope: str,
+    tolerance_mode: str,
+    exhaustive: bool,
+    embeddings: bool,
+    seed: int,
+) -> None:
+    """Refuses options of `measure_prunability`.
+
+    Raises:
+        TypeError: For one of another type.
+        ValueError: For one out of range.
+    """
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real):
+        raise TypeError(f"tolerance={tolerance!r}: expected a number; 0.1 lets the loss rise by a tenth")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance={tolerance}: expected 0 or more; 0.1 lets the loss rise by a tenth")
     choices = {"criterion": (criterion, Criterion), "scope": (scope, Scope)}
     for name, (value, kind) in {**choices, "tolerance_mode": (tolerance_mode, ToleranceMode)}.items():
         if value not in get_args(kind):
             raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(get_args(kind))}")
+    for name, value in {"exhaustive": exhaustive, "embeddings": embeddings}.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: expected True or False")
+    check_whole_number("seed", seed, 0)
 
 
 def losses_of(losses: Any, samples: int | None, seed: int, *options: Any) -> EvaluateLoss:
@@ -235,11 +251,6 @@ def losses_of(losses: Any, samples: int | None, seed: int, *options: Any) -> Eva
     return function
 
 
-def _bound(loss: Any, tolerance: float, mode: str) -> Any:
-    """L(1) (1 + beta), or L(1) + beta; of a number or an array of them."""
-    return loss * (1 + tolerance) if mode == "relative" else loss + tolerance
-
-
 def _scan(within: Callable[[int], bool]) -> tuple[int, int]:
     """The smallest step from 1 to STEPS from which on all are within, and the smallest that is at all."""
     good = [within(step) for step in range(1, STEPS + 1)]
@@ -254,105 +265,3 @@ def _bisect(within: Callable[[int], bool]) -> tuple[int, None]:
         middle = (below + found) // 2
         below, found = (below, middle) if within(middle) else (middle, found)
     return found, None
-
-
-class _LossCurve:
-    """The loss at steps of the grid, evaluated when first asked for, and that of every example.
-
-    Args:
-        model: Inside `scoring_state`.
-        order: The order of its weights.
-        evaluate: The losses.
-    """
-
-    def __init__(self, model: nn.Module, order: WeightOrder, evaluate: EvaluateLoss) -> None:
-        self.model, self.order, self.evaluate = model, order, evaluate
-        self.means: dict[int, float] = {}
-        self.losses: dict[int, np.ndarray] = {}
-        self.weights: np.ndarray | None = None
-        self.evaluations = 0
-
-    @property
-    def samples(self) -> int | None:
-        """Examples; None for a loss that is one number."""
-        return len(self.losses[STEPS]) if self.losses else None
-
-    def at(self, step: int) -> float:
-        """The loss with step / STEPS of the weights kept."""
-        if step not in self.means:
-            with self.order.pruned(step / STEPS):
-                mean = self._evaluate(step)
-            if math.isnan(mean):
-                raise ValueError(
-                    f"the loss is NaN with {step / STEPS:.0%} of the weights kept: check the loss function"
-                )
-            self.means[step] = mean
-        return self.means[step]
-
-    def check_whole(self, mode: str) -> None:
-        """Raises for a loss of the whole model that nothing can be compared with; evaluates it twice."""
-        loss = self.at(STEPS)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss of the whole model is {loss}: check the model, its inputs and the loss function"
-            )
-        if mode == "relative" and loss <= 0:
-            raise ValueError(
-                f"the loss of the whole model is {loss}, of which a relative tolerance allows nothing more: use "
-                f"tolerance_mode='absolute'"
-            )
-        again = self._evaluate(STEPS)
-        if not abs(again - loss) <= _REPEAT * abs(loss) + 1e-12:
-            raise ValueError(
-                f"the loss of the whole model was {loss}, then {again}: a random loss can't be compared. Take one "
-                f"fixed sample without augmentation, and leave the model in eval mode"
-            )
-
-    def _evaluate(self, step: int) -> float:
-        self.evaluations += 1
-        losses: Any = self.evaluate(self.model)
-        losses, weights = losses if isinstance(losses, tuple) else (losses, None)
-        values = np.atleast_1d(torch.as_tensor(losses).detach().double().cpu().numpy())
-        if values.size == 0:
-            raise ValueError("the loss function returned no losses: its sample is empty")
-        if values.ndim != 1:
-            raise ValueError(
-                f"the loss function returned shape {list(values.shape)}: expected one loss an example [n]"
-            )
-        if self.losses and values.shape != self.losses[STEPS].shape:
-            raise ValueError(f"the loss function returned {values.size} losses, before {self.samples}: fix its sample")
-        if torch.as_tensor(losses).dim():
-            self.losses[step] = values
-        if weights is not None:
-            self.weights = torch.as_tensor(weights).double().cpu().numpy()
-            if not self.weights.sum() > 0:
-                raise ValueError("the weights of the losses sum to 0: no example of the sample has a label")
-        return float(np.average(values, weights=self.weights)) if np.isfinite(values).all() else float(values.mean())
-
-
-def _interval(curve: _LossCurve, tolerance: float, mode: str, seed: int) -> tuple[float, float] | None:
-    """Percentiles of the fraction over samples drawn with replacement from the examples, from the losses at hand."""
-    if not curve.losses:
-        return None
-    steps = np.array(sorted(curve.losses))
-    losses = np.nan_to_num(np.stack([curve.losses[step] for step in steps]), posinf=1e30)
-    n = losses.shape[1]
-    weights = np.ones(n) if curve.weights is None else curve.weights
-    generator, found = np.random.default_rng(seed), []
-    for _ in range(_BOOTSTRAP):  # one by one: all at once would hold 1,000 counts of each example
-        counts = np.bincount(generator.integers(n, size=n), minlength=n) * weights
-        means = losses @ counts / counts.sum()  # [steps]
-        excess = means - _bound(means[-1], tolerance, mode)
-        found.append(math.ceil(_crossing(steps, excess) - 1e-9) / STEPS)
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _crossing(steps: np.ndarray, excess: Sequence[float] | np.ndarray) -> float:
-    """The step from which on no excess is above 0, between two evaluated steps on the line that joins them."""
-    above = np.flatnonzero(np.asarray(excess) > 0)
-    if not len(above):
-        return float(steps[0])
-    last = above[-1]
-    share = excess[last] / (excess[last] - excess[last + 1]) if excess[last] < 1e29 else 1.0
-    return float(steps[last] + share * (steps[last + 1] - steps[last]))

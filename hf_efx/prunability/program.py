@@ -20,11 +20,13 @@ from hf_efx.core.data.fingerprints import data_fingerprint
 from hf_efx.core.results.evidence import print_results, write_results
 from hf_efx.programs.frame import not_the_input, run_program
 from hf_efx.programs.model_options import checkpoint_config
+from hf_efx.programs.run_folder import data_of_run
 from hf_efx.programs.task_data import load_task
+from hf_efx.programs.task_run import data_settings
 from hf_efx.programs.tasks import CheckpointTaskOptions, LearningTask, TaskModelOptions
 from hf_efx.prunability.baselines import Network, baseline_measures
 from hf_efx.prunability.measure import PrunabilityResult, measure_prunability
-from hf_efx.prunability.sample import Sample
+from hf_efx.prunability.sample import Sample, check_whole_number
 
 RESULTS, PLOT = "results.json", "prunability.png"
 
@@ -95,9 +97,9 @@ class PrunabilityOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        check_whole_number("samples", self.samples, 2)  # of one there is no interval
+        check_whole_number("batch_size", self.batch_size, 1)
+        check_whole_number("seed", self.seed, 0)
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -127,12 +129,16 @@ def _program(
     task_options = task_options.of_checkpoint(name)
     for one in options.compare:  # a wrong name shows before the data is read
         checkpoint_config(one)
-    task = load_task(dataclasses.replace(task_options, holdout_share=task_options.holdout_share or 0.0), name)
+    task = load_task(task_options, name)
+    data = data_fingerprint(task.train)
+    for one in (name, *options.compare):
+        if data_of_run(one)[1] not in (None, data):
+            print(f"{one} is measured on other data than it was trained on: its loss isn't a training loss")
     # One sample for all: their losses must be of the same examples.
     sample = Sample(task.train, options.samples, options.seed, task.data_collator, task.loss_task, options.batch_size)
     measured = {one: _measure(one, task, sample, options) for one in dict.fromkeys((name, *options.compare))}
     with not_the_input("writing the results"):
-        _write(measured, task, options, command)
+        _write(measured, task, options, data_settings(task_options, task), command)
 
 
 def _measure(
@@ -157,6 +163,7 @@ def _write(
     measured: dict[str, tuple[PrunabilityResult, dict[str, float]]],
     task: LearningTask,
     options: PrunabilityOptions,
+    data: dict[str, Any],
     command: str,
 ) -> None:
     """Results and plot; the plot is that of the first checkpoint."""
@@ -182,7 +189,7 @@ def _write(
         rows=rows,
         claims=[],
         columns=[{"key": key, "title": key.replace("_", " "), "format": spec} for key, spec in columns],
-        settings={f.name: getattr(options, f.name) for f in dataclasses.fields(options)},
+        settings={**data, **{f.name: getattr(options, f.name) for f in dataclasses.fields(options)}},
         plot=PLOT if options.plot else None,
     )
     print_results(results)

@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,14 @@ Losses = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | float
 EvaluateLoss = Callable[[nn.Module], Losses]
 
 
+def check_whole_number(name: str, value: Any, least: int) -> None:
+    """Raises TypeError for an option that is no whole number, ValueError for one that is too small."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}={value!r}: expected a whole number, {least} or more")
+    if value < least:
+        raise ValueError(f"{name}={value}: expected {least} or more")
+
+
 class Sample:
     """A fixed sample of a data set, collated once; called with a model it gives the loss of every example.
 
@@ -35,6 +44,7 @@ class Sample:
         label_smoothing: As the model is trained with.
 
     Raises:
+        TypeError: For a number that isn't whole.
         ValueError: If the sample is empty, has no labels, or no row for each example.
     """
 
@@ -54,10 +64,10 @@ class Sample:
                 f"dataset is a {type(dataset).__name__}, whose rows can't be drawn by number: pass one split of a "
                 f"data set with a length, or a function of the model that returns its losses"
             )
-        if samples is not None and samples < 1:
-            raise ValueError(f"samples={samples}: expected 1 or more examples, or None for all")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected 1 or more examples")
+        if samples is not None:
+            check_whole_number("samples", samples, 1)
+        check_whole_number("batch_size", batch_size, 1)
+        check_whole_number("seed", seed, 0)
         if len(dataset) == 0:
             raise ValueError("dataset is empty: prunability needs examples to compute a loss on")
         self.count = min(len(dataset), samples or len(dataset))
@@ -109,7 +119,14 @@ def _collate(rows: list[Any], data_collator: Callable[[list[Any]], Any] | None) 
             f"dataset has rows of type {type(rows[0]).__name__}, whose parts have no names: give a data_collator that "
             f"returns a dict with 'labels', or a function of the model that returns its losses"
         )
-    batch = (data_collator or transformers.default_data_collator)(rows)
+    try:
+        batch = (data_collator or transformers.default_data_collator)(rows)
+    except ValueError as error:
+        if data_collator is not None:
+            raise
+        raise ValueError(
+            f"rows of the dataset don't make a batch ({error}): give a data_collator that pads"
+        ) from error
     if not isinstance(batch, Mapping) or "labels" not in batch:
         found = f"only {', '.join(batch)}" if isinstance(batch, Mapping) else f"but is a {type(batch).__name__}"
         raise ValueError(f"a batch of the sample has no 'labels', {found}: prunability needs them")

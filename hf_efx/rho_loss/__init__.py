@@ -7,7 +7,7 @@ arXiv 2206.07137.
 from hf_efx.core.data.example_ids import add_example_ids
 from hf_efx.rho_loss.arguments import RHOLossArguments, RHOLossArgumentsMixin
 from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses
-from hf_efx.rho_loss.irreducible import compute_irreducible_losses, train_irreducible_model
+from hf_efx.rho_loss.irreducible import compute_irreducible_losses
 from hf_efx.rho_loss.irreducible_table import (
     IrreducibleLosses,
     load_irreducible_losses,
@@ -21,6 +21,7 @@ from hf_efx.rho_loss.selection import (
     register_selection_function,
     select_examples,
 )
+from hf_efx.rho_loss.side_models import train_irreducible_model
 from hf_efx.rho_loss.trainer import RHOLossMixin, RHOLossTrainer
 
 __all__ = [

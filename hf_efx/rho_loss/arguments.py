@@ -14,13 +14,16 @@ _CHOICES = {
     "score_mode": ("eval", "train"),
     "selection_scope": ("process", "global"),
     "granularity": ("example", "token"),
-    "scoring_precision": (None, "bf16", "fp16", "auto"),
+    "scoring_precision": (None, "training", "bf16", "fp16", "auto"),
     "scoring_task": (None, *get_args(Task)),
 }
 
-# What a preset sets, where the option still has its default: the benchmark's (scripts/benchmarks/rho_loss.py) fastest.
+# What a preset sets, where the option wasn't set: the benchmark's (scripts/benchmarks/rho_loss.py) fastest.
 # On a CPU without bfloat16 units scores in bfloat16 took twice the time of the paper's rule, hence "auto".
 PRESETS: dict[str, dict[str, Any]] = {"fast": {"selection_ratio": 0.2, "scoring_precision": "auto"}}
+
+# A number of its own: the same one passed, by code, file or command line, is another object, which a preset leaves.
+_DEFAULT_RATIO = float("0.1")
 
 
 @dataclass
@@ -36,7 +39,7 @@ class RHOLossArgumentsMixin:
 
     # n_b = 32 of n_B = 320 in the paper's configs (github.com/OATML/RHO-Loss).
     selection_ratio: float = field(
-        default=0.1,
+        default=_DEFAULT_RATIO,
         metadata={
             "help": "Share of the examples drawn that is trained on, above 0 up to 1. Lower chooses more sharply and "
             "scores more examples to each one trained on; 1 trains on everything, scores nothing."
@@ -82,7 +85,8 @@ class RHOLossArgumentsMixin:
         default=None,
         metadata={
             "help": "Precision of the scoring forward: 'bf16' or 'fp16' is faster where the device has units for it, "
-            "at coarser scores; 'auto' takes 'bf16' where it has; nothing means as in training."
+            "at coarser scores; 'auto' takes 'bf16' where it has; 'training' means as in training, and so does "
+            "nothing, unless a preset sets it."
         },
     )
     scoring_batch_size: int | None = field(
@@ -102,8 +106,8 @@ class RHOLossArgumentsMixin:
     check_scored_loss: bool = field(
         default=True,
         metadata={
-            "help": "Compare, at the first choice, the loss that examples are scored by with the one that is trained "
-            "(two forward passes), and refuse a run where they differ; False lets them."
+            "help": "Compare the loss that examples are scored by with the one that is trained, at the first choice "
+            "and after 10, 100, ... steps (four forward passes each), and stop where they differ; False lets them."
         },
     )
     # 10 in the paper's code (its BALD baseline).
@@ -164,9 +168,9 @@ class RHOLossArgumentsMixin:
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}, or nothing.")
         defaults = {f.name: f.default for f in fields(RHOLossArgumentsMixin)}
         for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) == defaults[name]:
+            if getattr(self, name) is defaults[name]:
                 setattr(self, name, value)
-                logger.info("preset=%r sets %s=%r, whose value was the default.", self.preset, name, value)
+                logger.info("preset=%r sets %s=%r.", self.preset, name, value)
 
     def _check_options(self) -> None:
         if not 0 < self.selection_ratio <= 1:

@@ -8,6 +8,8 @@ together by example id; by position, losses would end up with other examples whe
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,25 +27,22 @@ from hf_efx.core.data.tables import (
     check_dataset,
     settings_of,
     table_column,
-    weights_fingerprint,
     write_arrow,
 )
 from hf_efx.core.scoring.losses import Task
-from hf_efx.core.scoring.scorer import Precision, infer_task
-from hf_efx.rho_loss.irreducible import (
-    TRAINING,
-    LowestLossTrainer,
-    best_by_loss,
-    compute_irreducible_losses,
-    default_collator,
+from hf_efx.core.scoring.scorer import Precision
+from hf_efx.rho_loss.exchange import process_rank
+from hf_efx.rho_loss.irreducible import Scoring, compute_irreducible_losses, default_collator
+from hf_efx.rho_loss.irreducible_table import (
+    KIND,
+    Granularity,
+    check_kept_settings,
     finish_table,
     finished_table,
-    run_settings,
     work_folder,
 )
-from hf_efx.rho_loss.irreducible_table import KIND, Granularity
 from hf_efx.rho_loss.loader import ExtraColumnsCollator
-from hf_efx.rho_loss.shards import check_kept_settings, process_rank
+from hf_efx.rho_loss.side_models import LowestLossTrainer, best_by_loss, initial_settings
 
 FOLD_COLUMN = "fold"
 
@@ -100,50 +99,38 @@ def cross_fit_irreducible_losses(
     if not 2 <= folds <= len(dataset):
         raise ValueError(f"folds={folds}: it must be from 2 to the number of rows, {len(dataset)}")
     label_column = _label_column(dataset, label_column)
+    scoring = Scoring(
+        data_collator or default_collator(processing_class),
+        processing_class,
+        args.per_device_eval_batch_size,
+        task,
+        granularity,
+        args.label_smoothing_factor,
+        precision,
+        fingerprint_columns,
+        bool(args.remove_unused_columns),
+        args.dataloader_num_workers,
+    )
     set_seed(args.seed)
     model = model_init()
-    training = args.to_dict()
     settings = {
-        **run_settings(
-            dataset,
-            fingerprint_columns,
-            processing_class,
-            task or infer_task(model),
-            granularity,
-            args.label_smoothing_factor,
-            precision,
-        ),
-        "initial_weights": weights_fingerprint(model),
-        "training": {name: training[name] for name in TRAINING},
+        **scoring.settings(model, dataset),
+        **initial_settings(model, args),
         "folds": folds,
         "stratified_by": label_column,
     }
     done = finished_table(output_dir, settings)
     if done is not None:
         return done
+    scoring.check(model, dataset)
     folder = work_folder(output_dir)
     check_kept_settings(folder, settings)
     fold_of = deal_folds(dataset, folds, args.seed, label_column, index)
-    tables = []
-    for fold in range(folds):
-        scored, others = (dataset.select(np.flatnonzero(chosen)) for chosen in (fold_of == fold, fold_of != fold))
-        place = folder / f"fold-{fold}"
-        table = finished_table(place, {"rows": len(scored)})
-        if table is None:
-            options = {"data_collator": data_collator, "processing_class": processing_class}
-            model = _train_fold(model_init, args, others, scored, place, **options, **trainer_options)
-            table = _score_fold(model, args, scored, place, settings, **options)
-        tables.append(table)
-    settings["model_weights"] = [settings_of(table, KIND)["model_weights"] for table in tables]
-    settings["model_name"] = settings_of(tables[0], KIND)["model_name"]
-    sorted_folds = fold_of[index.rows_by_id(0, len(index))]
-
-    def merge(path: Path) -> Dataset:
-        features = Features({**tables[0].features, FOLD_COLUMN: Value("int32")})
-        write_arrow(path, features.arrow_schema, _merged(tables, index, sorted_folds))
-        return Dataset.from_file(str(path))
-
-    return finish_table(merge, settings, folder, output_dir)
+    models = _FoldModels(model_init, args, scoring, trainer_options)
+    tables = [models.losses(dataset, fold_of == fold, folder / f"fold-{fold}") for fold in range(folds)]
+    made = [settings_of(table, KIND) for table in tables]
+    settings |= {"model_name": made[0]["model_name"], "model_weights": [each["model_weights"] for each in made]}
+    return finish_table(partial(_merge, tables, index, fold_of), settings, folder, output_dir)
 
 
 def deal_folds(
@@ -174,53 +161,48 @@ def deal_folds(
     return fold_of
 
 
-def _train_fold(
-    model_init: Any,
-    args: TrainingArguments,
-    others: Dataset,
-    scored: Dataset,
-    place: Path,
-    data_collator: Callable[[list[Any]], Any] | None = None,
-    processing_class: Any = None,
-    **trainer_options: Any,
-) -> nn.Module:
-    """Trains the model of a fold, whose table will go to `place`."""
-    trainer = _FoldTrainer(
-        model_init=model_init,
-        args=best_by_loss(args, _checkpoints(place)),
-        train_dataset=others,
-        eval_dataset=scored,
-        data_collator=ExtraColumnsCollator(data_collator or default_collator(processing_class), (ID_COLUMN,)),
-        processing_class=processing_class,
-        scored=IdIndex(scored),
-        **trainer_options,
-    )
-    return trainer.train_to_lowest_loss()
+@dataclass(frozen=True)
+class _FoldModels:
+    """How the model of every fold is made, trained, and asked for its losses.
 
+    Attributes:
+        model_init: Makes it.
+        args: Of its training.
+        scoring: Of its losses.
+        trainer_options: Further arguments of the Trainer.
+    """
 
-def _score_fold(
-    model: nn.Module,
-    args: TrainingArguments,
-    scored: Dataset,
-    place: Path,
-    settings: Mapping[str, Any],
-    **options: Any,
-) -> Dataset:
-    """Makes the table of a fold, and deletes the checkpoints of its model."""
-    names = ("task", "granularity", "label_smoothing", "precision", "fingerprint_columns")
-    table = compute_irreducible_losses(
-        model,
-        scored,
-        batch_size=args.per_device_eval_batch_size,
-        remove_unused_columns=bool(args.remove_unused_columns),
-        output_dir=place,
-        num_workers=args.dataloader_num_workers,
-        **{name: settings[name] for name in names},
-        **options,
-    )
-    if process_rank()[0] == 0:
-        shutil.rmtree(_checkpoints(place))
-    return table
+    model_init: Callable[[], nn.Module]
+    args: TrainingArguments
+    scoring: Scoring
+    trainer_options: Mapping[str, Any]
+
+    def losses(self, dataset: Dataset, chosen: np.ndarray, place: Path) -> Dataset:
+        """The table of the chosen rows at `place`, if need be by a model trained on the others."""
+        scored, others = (dataset.select(np.flatnonzero(rows)) for rows in (chosen, ~chosen))
+        table = finished_table(place, {"rows": len(scored)})
+        return self.score(self.train(others, scored, place), scored, place) if table is None else table
+
+    def train(self, others: Dataset, scored: Dataset, place: Path) -> nn.Module:
+        """Trains the model of a fold, whose table will go to `place`."""
+        trainer = _FoldTrainer(
+            model_init=self.model_init,
+            args=best_by_loss(self.args, _checkpoints(place)),
+            train_dataset=others,
+            eval_dataset=scored,
+            data_collator=ExtraColumnsCollator(self.scoring.data_collator, (ID_COLUMN,)),
+            processing_class=self.scoring.processing_class,
+            scored=IdIndex(scored),
+            **self.trainer_options,
+        )
+        return trainer.train_to_lowest_loss()
+
+    def score(self, model: nn.Module, scored: Dataset, place: Path) -> Dataset:
+        """Makes the table of a fold, and deletes the checkpoints of its model."""
+        table = compute_irreducible_losses(model, scored, output_dir=place, **vars(self.scoring))
+        if process_rank()[0] == 0:
+            shutil.rmtree(_checkpoints(place))
+        return table
 
 
 def _checkpoints(place: Path) -> str:
@@ -270,6 +252,13 @@ def _label_column(dataset: Dataset, name: str | None) -> str | None:
         if kind.startswith(("int", "uint", "bool", "string")):
             return name
     return None
+
+
+def _merge(tables: Sequence[Dataset], index: IdIndex, fold_of: np.ndarray, path: Path) -> Dataset:
+    """Puts the folds' tables into one file, and maps it."""
+    features = Features({**tables[0].features, FOLD_COLUMN: Value("int32")})
+    write_arrow(path, features.arrow_schema, _merged(tables, index, fold_of[index.rows_by_id(0, len(index))]))
+    return Dataset.from_file(str(path))
 
 
 def _merged(tables: Sequence[Dataset], index: IdIndex, folds: np.ndarray) -> Iterator[pa.Table]:

@@ -1,4 +1,4 @@
-"""Choosing over several processes: their draws in the order of one process' draw, and the chosen rows' way to each."""
+"""Several processes: which one this is, sums over all, their draws in the order of one's, and the chosen rows' way."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -8,6 +8,19 @@ import torch
 import torch.distributed as dist
 
 from hf_efx.core.scoring.batches import concatenate_rows
+
+
+def process_rank() -> tuple[int, int]:
+    """This process' rank and the number of processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def wait_for_all() -> None:
+    """Returns once every process got here."""
+    if process_rank()[1] > 1:
+        torch.distributed.barrier()
 
 
 def gather_equal(values: torch.Tensor) -> torch.Tensor:

@@ -6,62 +6,52 @@ no training removes. It is computed once, in evaluation mode, and kept as a tabl
 """
 
 import inspect
-import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import torch
 from datasets import Dataset, Features, List, Value
+from datasets.utils import tqdm
 from torch import nn
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
-from hf_efx.core.data.example_ids import add_example_ids
 from hf_efx.core.data.tables import (
     ID_COLUMN,
     IdIndex,
     check_dataset,
     data_fingerprint,
-    settings_of,
     tokenizer_fingerprint,
     weights_fingerprint,
-    with_settings,
 )
 from hf_efx.core.data.text_data import source_name
+from hf_efx.core.scoring.batches import check_rows, check_same_twice, take_rows
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scorer import Precision, Scorer, infer_task
 from hf_efx.core.scoring.scoring_state import base_model
-from hf_efx.core.training.checkpoints import last_complete_checkpoint
-from hf_efx.core.training.trainer import EfxTrainer
+from hf_efx.rho_loss.exchange import process_rank, wait_for_all
 from hf_efx.rho_loss.irreducible_table import (
     KIND,
     LOSS_COLUMN,
     Granularity,
-    load_irreducible_losses,
-    save_irreducible_losses,
+    Shards,
+    finish_table,
+    finished_table,
+    work_folder,
 )
-from hf_efx.rho_loss.shards import Shards, changes, check_kept_settings, fill_shards, process_rank, wait_for_all
+from hf_efx.rho_loss.loader import ColumnRows, ExtraColumnsCollator, can_fetch_columns
 
-logger = logging.getLogger(__name__)
-
-# What of the training arguments a model depends on; the rest (logging, saving, places) may change on the way.
-TRAINING = (
-    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type"),
-    *("warmup_steps", "lr_scheduler_kwargs", "optim_args", "neftune_noise_alpha", "label_smoothing_factor", "bf16"),
-    *("fp16", "seed", "data_seed", "eval_strategy", "eval_steps", "train_sampling_strategy", "dataloader_drop_last"),
+_POOL = 16  # batches that are drawn together where examples differ in length: like lengths then share a batch
+_SHOWN = 5
+_CHECKED_ROWS = 32  # that are collated twice before anything is scored
+_SEVERAL_LABELS = (
+    "several labels an example (problem_type='multi_label_classification') aren't scored: train on one label an "
+    "example, or compute the losses in a loop of your own and choose with select_examples"
 )
-_TEMPORARY: list[tempfile.TemporaryDirectory] = []  # tables without an output_dir, until the process ends
 
 
 def compute_irreducible_losses(
@@ -109,127 +99,119 @@ def compute_irreducible_losses(
         in their order), memory-mapped, with settings. An example without a valid label has loss 0.
 
     Raises:
-        ValueError: Ids missing, doubled or of another type; a loss that isn't finite; an `output_dir` that holds what
-            was made with other settings.
+        ValueError: Ids missing, doubled or of another type; rows that can't be scored one by one, or that a collator
+            or transform makes another way each time; several labels an example; a loss that isn't finite, or isn't the
+            model's own; an `output_dir` that holds what was made with other settings.
     """
     index = IdIndex(check_dataset(dataset, "dataset", ids=True))
     for name, value in (("len(dataset)", len(dataset)), ("batch_size", batch_size), ("save_every", save_every)):
         if value < 1:
             raise ValueError(f"{name}={value}: it must be at least 1")
-    task = task or infer_task(model)
-    config = getattr(base_model(model), "config", None)
-    settings = {
-        **run_settings(dataset, fingerprint_columns, processing_class, task, granularity, label_smoothing, precision),
-        "model_name": source_name(getattr(config, "name_or_path", "") or type(base_model(model)).__name__),
-        "model_weights": weights_fingerprint(model),
-    }
+    scoring = Scoring(
+        data_collator or default_collator(processing_class),
+        processing_class,
+        batch_size,
+        task,
+        granularity,
+        label_smoothing,
+        precision,
+        fingerprint_columns,
+        remove_unused_columns,
+        num_workers,
+    )
+    settings = {**scoring.settings(model, dataset), **_model_settings(model)}
     done = finished_table(output_dir, settings)
     if done is not None:
         return done
-    value = Value("float32")
-    features = Features({ID_COLUMN: Value("int64"), LOSS_COLUMN: List(value) if granularity == "token" else value})
+    scoring.check(model, dataset)
     folder = work_folder(output_dir)
-    shards = Shards(folder, settings, features, len(dataset), save_every)
-    collator = data_collator or default_collator(processing_class)
-    feed = _model_columns(model, dataset) if remove_unused_columns else dataset
-    scorer = Scorer(
-        task=task,
-        granularity=granularity,
-        label_smoothing=label_smoothing,
-        precision=precision,
-        batch_size=batch_size,
-    )
-    fill_shards(shards, model, feed, scorer, collator, index, num_workers)
+    shards = Shards(folder, settings, scoring.features, len(dataset), save_every)
+    _fill_shards(shards, model, dataset, scoring, index)
     return finish_table(shards.merge, settings, folder, output_dir)
 
 
-def train_irreducible_model(
-    model: nn.Module | Callable[[], nn.Module],
-    args: TrainingArguments,
-    holdout: Dataset,
-    target: Dataset,
-    *,
-    data_collator: Callable[[list[Any]], Any] | None = None,
-    processing_class: Any = None,
-    **trainer_options: Any,
-) -> nn.Module:
-    """Trains a model on holdout data and keeps it as it was when its loss on the target's data was lowest.
+@dataclass(frozen=True)
+class Scoring:
+    """How a table's losses are computed, whichever model gives them: arguments of `compute_irreducible_losses`."""
 
-    The lowest loss, not the best accuracy: that is the rule of the paper's code (github.com/OATML/RHO-Loss).
-    Checkpoints go to `args.output_dir`, with the settings that they were made with; the same call goes on from the
-    newest complete one there.
+    data_collator: Callable[[list[Any]], Any]
+    processing_class: Any
+    batch_size: int
+    task: Task | None
+    granularity: Granularity
+    label_smoothing: float
+    precision: Precision | None
+    fingerprint_columns: Sequence[str] | None
+    remove_unused_columns: bool
+    num_workers: int
 
-    Args:
-        model: The model, or a function that makes it.
-        args: How it is trained. It is evaluated and saved each epoch, or as often as `eval_strategy` says.
-        holdout: What it is trained on.
-        target: What it will score, and the run with RHO-LOSS will train on.
-        data_collator: As the Trainer's.
-        processing_class: As the Trainer's.
-        **trainer_options: Further arguments of the Trainer.
+    def settings(self, model: nn.Module, dataset: Dataset) -> dict[str, Any]:
+        """What a table is compared by before it is used, and how its losses were computed, but for the weights.
 
-    Returns:
-        The model, for `compute_irreducible_losses`.
+        Raises:
+            ValueError: If the task isn't clear.
+        """
+        named = dataset.column_names if self.fingerprint_columns is None else self.fingerprint_columns
+        columns = sorted(set(named) - {ID_COLUMN})
+        return {
+            "kind": KIND,
+            "data_fingerprint": data_fingerprint(dataset, columns),
+            "fingerprint_columns": columns,
+            "rows": len(dataset),
+            "tokenizer": tokenizer_fingerprint(self.processing_class),
+            "task": self._task(model),
+            "granularity": self.granularity,
+            "label_smoothing": self.label_smoothing,
+            "precision": self.precision,
+        }
 
-    Raises:
-        ValueError: If `args.output_dir` holds checkpoints of other data, arguments or initial weights, or of a run
-            whose settings aren't known.
-    """
-    parts = {"data_collator": data_collator, **trainer_options}
-    _check_same_model(model, args, holdout, target, processing_class, parts)
-    trainer = LowestLossTrainer(
-        **_model_argument(model),
-        args=best_by_loss(args),
-        train_dataset=_without_ids(holdout),
-        eval_dataset=_without_ids(target),
-        data_collator=data_collator,
-        processing_class=processing_class,
-        **trainer_options,
-    )
-    return trainer.train_to_lowest_loss()
+    @property
+    def features(self) -> Features:
+        """The table's columns."""
+        value = Value("float32")
+        losses = List(value) if self.granularity == "token" else value
+        return Features({ID_COLUMN: Value("int64"), LOSS_COLUMN: losses})
 
-
-def _check_same_model(
-    model: Any,
-    args: TrainingArguments,
-    holdout: Dataset,
-    target: Dataset,
-    processing_class: Any,
-    parts: Mapping[str, Any],
-) -> None:
-    """Keeps what the model depends on in `args.output_dir`, or compares it with what is there; on every process."""
-    folder, kept = Path(str(args.output_dir)), Path(str(args.output_dir), "settings.json")
-    if last_complete_checkpoint(str(folder)) is not None and not kept.is_file():
-        raise ValueError(
-            f"output_dir={str(folder)!r} holds checkpoints of another run: name a folder of its own for this model, "
-            f"or delete them."
+    @property
+    def scorer(self) -> Scorer:
+        """What computes the losses; without a task it compares them with the model's own loss."""
+        return Scorer(
+            task=self.task,
+            granularity=self.granularity,
+            label_smoothing=self.label_smoothing,
+            precision=self.precision,
+            batch_size=self.batch_size,
         )
-    set_seed(args.seed)
-    initial = model if isinstance(model, nn.Module) else model()
-    training = args.to_dict()
-    settings = {
-        **{name: _fingerprint(data) for name, data in (("holdout", holdout), ("target", target))},
-        "tokenizer": tokenizer_fingerprint(processing_class),
-        "initial_weights": weights_fingerprint(initial),
-        "training": {name: training[name] for name in TRAINING},
-        "parts": {name: _named(value) for name, value in parts.items() if name != "callbacks" and value is not None},
-    }
-    if process_rank()[0] == 0 and last_complete_checkpoint(str(folder)) is None:
-        kept.unlink(missing_ok=True)  # nothing was made with them
-        check_kept_settings(folder, settings)
-    wait_for_all()
-    check_kept_settings(folder, settings)
 
+    def source(self, model: nn.Module, dataset: Dataset) -> tuple[Any, ExtraColumnsCollator]:
+        """What a loader draws, `example_id` and what the model takes, and what makes batches of it."""
+        kept = _model_columns(model, dataset) if self.remove_unused_columns else dataset
+        rows = ColumnRows(kept) if can_fetch_columns(kept, self.data_collator) else kept
+        return rows, ExtraColumnsCollator(self.data_collator, (ID_COLUMN,))
 
-def _named(value: Any) -> Any:
-    """A part of a Trainer as far as JSON tells one from another: names of functions and classes, plain values."""
-    if isinstance(value, tuple | list):
-        return [_named(one) for one in value]
-    if isinstance(value, Mapping):
-        return {str(key): _named(one) for key, one in value.items()}
-    if isinstance(value, str | int | float | bool | None):
-        return value
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    def check(self, model: nn.Module, dataset: Dataset) -> None:
+        """Looks at a few rows before any work.
+
+        Raises:
+            ValueError: If they can't be scored one by one, have several labels each, or get others each time; if the
+                model's own loss is another one.
+        """
+        rows, collate = self.source(model, dataset)
+        first = list(range(min(_CHECKED_ROWS, len(dataset))))
+        check_same_twice(lambda: collate(rows.__getitems__(first)), self.data_collator)
+        batch = dict(collate(rows.__getitems__(first)))
+        del batch[ID_COLUMN]
+        check_rows(batch, len(first))
+        labels = batch.get("labels")
+        if self._task(model) == "classification" and isinstance(labels, torch.Tensor) and labels[0].numel() > 1:
+            raise ValueError(f"labels of shape {list(labels.shape)}: {_SEVERAL_LABELS}")
+        self.scorer(model, take_rows(batch, slice(0, 8)))  # refuses what it can't score
+
+    def _task(self, model: nn.Module) -> Task:
+        config = getattr(base_model(model), "config", None)
+        if self.task is None and getattr(config, "problem_type", None) == "multi_label_classification":
+            raise ValueError(f"task=None: {_SEVERAL_LABELS}")
+        return self.task or infer_task(model)
 
 
 def default_collator(processing_class: Any) -> Callable[[list[Any]], Any]:
@@ -239,93 +221,10 @@ def default_collator(processing_class: Any) -> Callable[[list[Any]], Any]:
     return default_data_collator
 
 
-def run_settings(
-    dataset: Dataset,
-    fingerprint_columns: Sequence[str] | None,
-    processing_class: Any,
-    task: Task,
-    granularity: Granularity,
-    label_smoothing: float,
-    precision: Precision | None,
-) -> dict[str, Any]:
-    """What a table is compared by before it is used, and how its losses were computed, but for the model."""
-    columns = sorted(set(dataset.column_names if fingerprint_columns is None else fingerprint_columns) - {ID_COLUMN})
-    return {
-        "kind": KIND,
-        "data_fingerprint": data_fingerprint(dataset, columns),
-        "fingerprint_columns": columns,
-        "rows": len(dataset),
-        "tokenizer": tokenizer_fingerprint(processing_class),
-        "task": task,
-        "granularity": granularity,
-        "label_smoothing": label_smoothing,
-        "precision": precision,
-    }
-
-
-def work_folder(output_dir: str | os.PathLike[str] | None) -> Path:
-    """Where the parts of a table lie until it is whole; without an `output_dir` as long as this process lives.
-
-    Raises:
-        ValueError: If several processes have no folder in common.
-    """
-    if output_dir is not None:
-        folder = Path(output_dir)
-        return folder.with_name(f"{folder.name}.partial")
-    if process_rank()[1] > 1:
-        raise ValueError("output_dir=None: several processes need one, in a folder that they share")
-    _TEMPORARY.append(tempfile.TemporaryDirectory(prefix="irreducible-losses-", ignore_cleanup_errors=True))
-    return Path(_TEMPORARY[-1].name)
-
-
-def finished_table(output_dir: str | os.PathLike[str] | None, settings: dict[str, Any]) -> Dataset | None:
-    """The table that was saved before, if its settings are these.
-
-    Raises:
-        ValueError: If it was made with others.
-    """
-    if output_dir is None or not (Path(output_dir) / "dataset_info.json").is_file():
-        return None
-    table = load_irreducible_losses(output_dir)
-    there = {key: value for key, value in settings_of(table, KIND).items() if key in settings}
-    if changed := changes(there, settings):
-        raise ValueError(
-            f"output_dir={os.fspath(output_dir)!r} holds a table made with other settings ({changed}): name another "
-            "folder, or delete that table"
-        )
-    logger.info("%s holds this table already", output_dir)
-    if process_rank()[0] == 0:  # of a run that was killed at its very end
-        shutil.rmtree(work_folder(output_dir), ignore_errors=True)
-    return table
-
-
-def finish_table(
-    merge: Callable[[Path], Dataset],
-    settings: dict[str, Any],
-    folder: Path,
-    output_dir: str | os.PathLike[str] | None,
-) -> Dataset:
-    """Merges what the processes wrote, saves the table where that is wanted, and deletes the parts.
-
-    Args:
-        merge: Makes one table of the parts in a file, which it is given.
-        settings: The table's.
-        folder: Where the parts lie.
-        output_dir: Where the table goes; None leaves it in `folder`.
-    """
-    wait_for_all()
-    table = None
-    if process_rank()[0] == 0:
-        table = with_settings(merge(folder / "merged.arrow"), settings)
-        if output_dir is not None:
-            save_irreducible_losses(table, output_dir)
-    if output_dir is not None:
-        wait_for_all()
-        table = load_irreducible_losses(output_dir)
-        if process_rank()[0] == 0:
-            shutil.rmtree(folder)
-    assert table is not None, "output_dir is None in one process alone"
-    return table
+def _model_settings(model: nn.Module) -> dict[str, str]:
+    base = base_model(model)
+    name = getattr(getattr(base, "config", None), "name_or_path", "") or type(base).__name__
+    return {"model_name": source_name(name), "model_weights": weights_fingerprint(model)}
 
 
 def _model_columns(model: nn.Module, dataset: Dataset) -> Dataset:
@@ -341,40 +240,77 @@ def _model_columns(model: nn.Module, dataset: Dataset) -> Dataset:
     return dataset.select_columns([ID_COLUMN, *kept])
 
 
-class LowestLossTrainer(EfxTrainer):
-    """Trains to the lowest loss on the evaluation data."""
+def _fill_shards(shards: Shards, model: nn.Module, dataset: Dataset, scoring: Scoring, index: IdIndex) -> None:
+    """Computes the shards that are missing; of several processes each takes every n-th.
 
-    def train_to_lowest_loss(self) -> nn.Module:
-        begun = last_complete_checkpoint(str(self.args.output_dir)) is not None
-        self.train(resume_from_checkpoint=begun)
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-
-def _without_ids(dataset: Dataset) -> Dataset:
-    return dataset.remove_columns(ID_COLUMN) if ID_COLUMN in dataset.column_names else dataset
-
-
-def _fingerprint(dataset: Dataset) -> str:
-    named = dataset if ID_COLUMN in dataset.column_names else add_example_ids(dataset)
-    return data_fingerprint(named, dataset.column_names)
-
-
-def _model_argument(model: Any) -> dict[str, Any]:
-    return {"model": model} if isinstance(model, nn.Module) else {"model_init": model}
-
-
-def best_by_loss(args: TrainingArguments, output_dir: str | None = None) -> TrainingArguments:
-    """The arguments with an evaluation and a checkpoint at the same moments, the best one being kept."""
-    when = IntervalStrategy(args.eval_strategy).value
-    when = "epoch" if when == "no" else when
-    return replace(
-        args,
-        output_dir=output_dir or args.output_dir,
-        eval_strategy=when,
-        save_strategy=SaveStrategy(when),
-        save_steps=args.eval_steps if when == "steps" and args.eval_steps else args.save_steps,
-        save_total_limit=max(args.save_total_limit or 2, 2),  # at 1 the Trainer ends by deleting the newest
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+    Raises:
+        ValueError: For a loss that isn't finite; it names the examples. What was written stays.
+    """
+    rows, collate = scoring.source(model, dataset)
+    scorer = scoring.scorer
+    rank, world = process_rank()
+    missing = shards.missing()
+    wait_for_all()  # until every process has seen the same shards missing
+    mine = missing[rank::world]
+    todo = sum(stop - start for start, stop in map(shards.bounds, mine))
+    draw = _draw_size(shards, rows, collate, index, scoring.batch_size)
+    plan = [(shard, at) for shard in mine for at in range(*shards.bounds(shard), draw)]
+    loader = DataLoader(
+        rows,
+        batch_sampler=_Draws(plan, shards, index, draw),  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=scoring.num_workers,
+        generator=torch.Generator(),  # else it would draw from the one that training goes by
     )
+    ids: list[np.ndarray] = []
+    losses: list[pa.Array] = []
+    whole = shards.total // world
+    with tqdm(total=whole, initial=whole - todo, desc="Irreducible losses", unit=" rows", disable=rank > 0) as bar:
+        for (shard, at), batch in zip(plan, loader, strict=True):
+            batch = dict(batch)
+            ids.append(batch.pop(ID_COLUMN).numpy())
+            check_rows(batch, len(ids[-1]))
+            losses.append(_losses(scorer(model, batch), ids[-1]))
+            bar.update(len(ids[-1]))
+            if at + draw >= shards.bounds(shard)[1]:
+                shards.write(shard, np.concatenate(ids), pa.concat_arrays(losses))
+                ids, losses = [], []
+
+
+class _Draws:
+    """Row numbers of each draw of a plan, made as they are needed."""
+
+    def __init__(self, plan: Sequence[tuple[int, int]], shards: Shards, index: IdIndex, draw: int):
+        self.plan, self.shards, self.index, self.draw = plan, shards, index, draw
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for shard, at in self.plan:
+            stop = min(at + self.draw, self.shards.bounds(shard)[1])
+            yield self.index.rows_by_id(at, stop).tolist()
+
+
+def _draw_size(shards: Shards, rows: Any, collate: Callable[[Any], Any], index: IdIndex, batch_size: int) -> int:
+    """A batch, or many where examples are padded: the scorer then puts those of like length together."""
+    first = index.rows_by_id(0, min(batch_size, shards.total)).tolist()
+    padded = "attention_mask" in collate(rows.__getitems__(first))
+    return min(shards.rows, batch_size * _POOL if padded else batch_size)
+
+
+def _losses(scores: Mapping[str, torch.Tensor], ids: np.ndarray) -> pa.Array:
+    """One float32 an example, or a list of those of its valid tokens in their order."""
+    losses = scores["loss"].float().cpu()
+    finite = losses.isfinite().reshape(len(losses), -1).all(-1).numpy()
+    if not finite.all():
+        raise ValueError(
+            f"the loss of {(~finite).sum()} examples isn't finite, of {ID_COLUMN} "
+            f"{', '.join(map(str, ids[~finite][:_SHOWN].tolist()))} among them: look at these, at the model's "
+            "weights, or leave precision=None if it is 'fp16'"
+        )
+    if "mask" not in scores:
+        return pa.array(losses.numpy())
+    mask = scores["mask"].cpu()
+    borders = np.concatenate([[0], mask.sum(-1).cumsum(0).numpy()]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(borders), pa.array(losses[mask].numpy()))

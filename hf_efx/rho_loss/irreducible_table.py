@@ -1,13 +1,18 @@
-"""A table of irreducible losses: looking losses up by id, checking what it was made for, saving and sharing it."""
+"""A table of irreducible losses: looking losses up by id, checking what it is for, making it in parts, sharing it."""
 
+import json
+import logging
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from huggingface_hub import CommitInfo
 
 from hf_efx.core.data.tables import (
@@ -27,15 +32,22 @@ from hf_efx.core.data.tables import (
     settings_of,
     table_column,
     tokenizer_fingerprint,
+    with_settings,
+    write_arrow,
 )
+from hf_efx.core.files import write_atomically
 from hf_efx.core.scoring.losses import Task
 from hf_efx.registry import METHODS
+from hf_efx.rho_loss.exchange import process_rank, wait_for_all
+
+logger = logging.getLogger(__name__)
 
 KIND = "irreducible_losses"
 LOSS_COLUMN = "irreducible_loss"
 
 Granularity = Literal["example", "token"]
 
+_TEMPORARY: list[tempfile.TemporaryDirectory] = []  # tables without an output_dir, until the process ends
 _IDS_AT_ONCE = 100_000  # that are compared with a data set's
 
 
@@ -162,6 +174,137 @@ class IrreducibleLosses:
                 f"{(~finite).sum()} irreducible losses aren't finite, that of {ID_COLUMN} "
                 f"{self.table[row][ID_COLUMN]} (row {row}) among them: compute the table anew"
             )
+
+
+class Shards:
+    """The parts of a table that is being made, each of `rows` ids in ascending order and a file of its own.
+
+    Args:
+        folder: Where they lie, made if missing.
+        settings: All that the losses depend on. Shards made with others are refused.
+        features: The table's columns.
+        total: Rows of the whole table.
+        rows: Rows of a shard.
+
+    Raises:
+        ValueError: If the folder holds shards made with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], features: Features, total: int, rows: int):
+        self.folder, self.rows, self.total = folder, rows, total
+        self.count = -(-total // rows)
+        self._schema = features.arrow_schema
+        check_kept_settings(folder, {**settings, "save_every": rows})
+
+    def missing(self) -> list[int]:
+        """Shards that aren't written yet."""
+        return [shard for shard in range(self.count) if not self._path(shard).is_file()]
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """The first of its places in ascending order of ids, and the place after its last."""
+        return shard * self.rows, min((shard + 1) * self.rows, self.total)
+
+    def write(self, shard: int, ids: np.ndarray, losses: pa.Array) -> None:
+        """Writes a shard, whole or not at all."""
+        write_arrow(
+            self._path(shard), self._schema, [pa.Table.from_arrays([pa.array(ids), losses], self._schema.names)]
+        )
+
+    def merge(self, path: Path) -> Dataset:
+        """Puts all shards into one file, one at a time in memory, and maps it."""
+        shards = (pa.ipc.open_stream(pa.memory_map(str(self._path(i)))).read_all() for i in range(self.count))
+        write_arrow(path, self._schema, shards)
+        return Dataset.from_file(str(path))
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:06d}.arrow"
+
+
+def check_kept_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Keeps the settings of what is begun in a folder, or compares them with those that are there.
+
+    Raises:
+        ValueError: If what is there was made with others.
+    """
+    kept, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if not kept.is_file():
+        write_atomically(kept, json.dumps(settings, indent=1) + "\n")
+    elif changed := changes(json.loads(kept.read_bytes()), settings):
+        raise ValueError(
+            f"{folder} holds the beginning of what was made with other settings ({changed}): go on with those, or "
+            "delete it to start anew"
+        )
+
+
+def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Names settings that differ, with both values; empty if none does."""
+    keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+    return ", ".join(f"{key}: {there.get(key)!r}, now {here.get(key)!r}" for key in keys)
+
+
+def work_folder(output_dir: str | os.PathLike[str] | None) -> Path:
+    """Where the parts of a table lie until it is whole; without an `output_dir` as long as this process lives.
+
+    Raises:
+        ValueError: If several processes have no folder in common.
+    """
+    if output_dir is not None:
+        folder = Path(output_dir)
+        return folder.with_name(f"{folder.name}.partial")
+    if process_rank()[1] > 1:
+        raise ValueError("output_dir=None: several processes need one, in a folder that they share")
+    _TEMPORARY.append(tempfile.TemporaryDirectory(prefix="irreducible-losses-", ignore_cleanup_errors=True))
+    return Path(_TEMPORARY[-1].name)
+
+
+def finished_table(output_dir: str | os.PathLike[str] | None, settings: dict[str, Any]) -> Dataset | None:
+    """The table that was saved before, if its settings are these.
+
+    Raises:
+        ValueError: If it was made with others.
+    """
+    if output_dir is None or not (Path(output_dir) / "dataset_info.json").is_file():
+        return None
+    table = load_irreducible_losses(output_dir)
+    there = {key: value for key, value in settings_of(table, KIND).items() if key in settings}
+    if changed := changes(there, settings):
+        raise ValueError(
+            f"output_dir={os.fspath(output_dir)!r} holds a table made with other settings ({changed}): name another "
+            "folder, or delete that table"
+        )
+    logger.info("%s holds this table already", output_dir)
+    if process_rank()[0] == 0:  # of a run that was killed at its very end
+        shutil.rmtree(work_folder(output_dir), ignore_errors=True)
+    return table
+
+
+def finish_table(
+    merge: Callable[[Path], Dataset],
+    settings: dict[str, Any],
+    folder: Path,
+    output_dir: str | os.PathLike[str] | None,
+) -> Dataset:
+    """Merges what the processes wrote, saves the table where that is wanted, and deletes the parts.
+
+    Args:
+        merge: Makes one table of the parts in a file, which it is given.
+        settings: The table's.
+        folder: Where the parts lie.
+        output_dir: Where the table goes; None leaves it in `folder`.
+    """
+    wait_for_all()
+    table = None
+    if process_rank()[0] == 0:
+        table = with_settings(merge(folder / "merged.arrow"), settings)
+        if output_dir is not None:
+            save_irreducible_losses(table, output_dir)
+    if output_dir is not None:
+        wait_for_all()
+        table = load_irreducible_losses(output_dir)
+        if process_rank()[0] == 0:
+            shutil.rmtree(folder)
+    assert table is not None, "output_dir is None in one process alone"
+    return table
 
 
 def save_irreducible_losses(table: Dataset, folder: str | os.PathLike[str]) -> Path:

@@ -43,7 +43,7 @@ from hf_efx.programs.task_run import (
 from hf_efx.programs.tasks import CORRUPTED_COLUMN, SIDE_MODEL_HELP, LearningTask, TaskModelOptions, TaskOptions
 from hf_efx.rho_loss.arguments import RHOLossArguments, RHOLossArgumentsMixin
 from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses
-from hf_efx.rho_loss.irreducible import compute_irreducible_losses, train_irreducible_model
+from hf_efx.rho_loss.irreducible import compute_irreducible_losses
 from hf_efx.rho_loss.irreducible_table import (
     load_irreducible_losses,
     push_irreducible_losses,
@@ -51,6 +51,7 @@ from hf_efx.rho_loss.irreducible_table import (
 )
 from hf_efx.rho_loss.report import means
 from hf_efx.rho_loss.selection import get_selection_function
+from hf_efx.rho_loss.side_models import train_irreducible_model
 from hf_efx.rho_loss.trainer import RHOLossTrainer
 
 # In the output folder. The Trainer pushes nothing that begins with an underscore.

@@ -5,6 +5,7 @@ does the same to the tokens of an ordinary batch. Neither trains; neither knows 
 `make_selector` reads.
 """
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,19 +16,20 @@ import torch
 from torch import nn
 
 from hf_efx.core.data.example_ids import ID_COLUMN
-from hf_efx.core.scoring.batches import Batch, batch_size
+from hf_efx.core.scoring.batches import Batch, check_rows
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels
 from hf_efx.core.scoring.scorer import Precision, Scorer, bf16_is_faster
 from hf_efx.core.scoring.scoring_state import base_model
 from hf_efx.rho_loss.exchange import exchange_rows, gather_equal, sum_over_processes, union_order
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
-from hf_efx.rho_loss.micro_batches import MicroBatch, cut_rows, gather_rows, split_evenly
+from hf_efx.rho_loss.loader import MicroBatch, cut_rows, gather_rows, split_evenly
 from hf_efx.rho_loss.selection import IRREDUCIBLE_LOSS, SelectionFunction, select_examples, select_tokens
 
 logger = logging.getLogger(__name__)
 
 # A column that a micro-batch carries where rows are weighted; `RHOLossMixin.compute_loss` takes it off.
 WEIGHT = "selection_weight"
+Places = tuple[torch.Tensor, torch.Tensor]  # of `union_order`
 
 
 @dataclass
@@ -102,15 +104,11 @@ class ExampleSelector:
         Raises:
             ValueError: For a score that can't be ranked; an id that the table doesn't have.
         """
-        sizes = [batch_size(batch) for batch in batches]
-        known = self._columns(batches)
-        names, values = self._values(model, batches, known[0])
-        if self.world_size > 1:
-            rank_of, row_of = union_order(sizes, self.world_size)
-            device = batches[0][ID_COLUMN].device
-            known = gather_equal(known.to(device)).cpu()[rank_of, :, row_of].T
-            if names:
-                values = gather_equal(values.to(device)).cpu()[rank_of, :, row_of].T
+        sizes = [_examples(batch) for batch in batches]
+        places = union_order(sizes, self.world_size)
+        own = self._columns(batches)
+        names, values = self._values(model, batches, own[0])
+        known, values = self._of_all(own, places, batches), self._of_all(values, places, batches)
         by_name = dict(zip(names, values, strict=True))
         scores = self._scores(by_name)
         count = sum(max(1, size * self.chosen // self.drawn) for size in sizes)
@@ -118,24 +116,39 @@ class ExampleSelector:
             scores, count * self.world_size, ids=known[0], generator=generator, sampled=self.function.sampled
         )
         parts = split_evenly(count, len(batches))
-        if self.world_size > 1:
-            # Each micro-batch of one process with the whole batch is dealt out to the processes in order.
-            starts = np.cumsum([0, *parts[:-1]]) * self.world_size
-            mine = torch.cat([s + self.rank * p + torch.arange(p) for s, p in zip(starts, parts, strict=True)])
-            wanted = exchange_rows(
-                lambda own: gather_rows(batches, own, self.padding, self.side),
-                *(rank_of[rows], row_of[rows], mine, self.rank, self.padding, self.side),
-            )
-            rows, weights = rows[mine], None if weights is None else weights[mine]
-        else:
-            wanted = gather_rows(batches, rows, self.padding, self.side)
+        mine = self._mine(parts)
+        batch = self._fetched(batches, rows, mine, places)
+        rows = rows[mine]
         if weights is not None:
-            wanted[WEIGHT] = weights.to(wanted[ID_COLUMN].device)
+            batch[WEIGHT] = weights[mine].to(batch[ID_COLUMN].device)
         chosen_scores = torch.full((len(rows),), torch.nan) if scores is None else scores[rows].float()
-        pieces = (cut_rows(wanted, parts), known[0][rows].split(parts), chosen_scores.split(parts))
-        return Outcome(
-            [MicroBatch(*piece) for piece in zip(*pieces, strict=True)], sum(sizes), self._shares(by_name, known, rows)
-        )
+        pieces = zip(cut_rows(batch, parts), known[0][rows].split(parts), chosen_scores.split(parts), strict=True)
+        return Outcome([MicroBatch(*piece) for piece in pieces], sum(sizes), self._shares(by_name, known, rows))
+
+    def _of_all(self, values: torch.Tensor, places: Places, batches: Sequence[Batch]) -> torch.Tensor:
+        """[values, n] of this process to those of all that choose together, in the order of one process' draw."""
+        if self.world_size == 1 or not len(values):
+            return values
+        rank_of, row_of = places
+        return gather_equal(values.to(batches[0][ID_COLUMN].device)).cpu()[rank_of, :, row_of].T
+
+    def _mine(self, parts: Sequence[int]) -> torch.Tensor:
+        """Which of the chosen rows this process trains on.
+
+        Each micro-batch of one process with the whole batch is dealt out to the processes in order.
+        """
+        starts = np.cumsum([0, *parts[:-1]]) * self.world_size
+        return torch.cat([s + self.rank * p + torch.arange(p) for s, p in zip(starts, parts, strict=True)])
+
+    def _fetched(
+        self, batches: Sequence[Batch], rows: torch.Tensor, mine: torch.Tensor, places: Places
+    ) -> dict[str, Any]:
+        """The rows that this process trains on, wherever they were drawn."""
+        take = functools.partial(gather_rows, batches, padding=self.padding, side=self.side)
+        if self.world_size == 1:
+            return take(rows)
+        rank_of, row_of = places
+        return exchange_rows(take, rank_of[rows], row_of[rows], mine, self.rank, self.padding, self.side)
 
     def _columns(self, batches: Sequence[Batch]) -> torch.Tensor:
         """[columns, n] int64 on the CPU: the ids first. The one wait for the device before scoring."""
@@ -218,6 +231,7 @@ class TokenSelector:
         return Outcome(results, drawn, self._shares(batches, scored, flat[1], keep))
 
     def _score(self, model: Any, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        _examples(batch)
         values = self.scorer(model, _model_columns(batch, self.corrupted_column))
         mask = values["mask"]
         if self.table is not None:
@@ -268,34 +282,15 @@ def make_selector(trainer: Any, chosen: int, drawn: int) -> ExampleSelector | To
         drawn: Rows that they are chosen from.
     """
     options, function = trainer.args, trainer.selection_function
-    by_token = options.granularity == "token"
-    quantities = set(function.quantities)
-    if quantities or by_token:
-        quantities |= {"count"}
-        if options.report_selection and trainer.scored_task() != "regression":
-            quantities |= {"correct"}
-    precision = resolve_precision(options)
-    if options.scoring_precision == "auto":
-        found = "as in training, since bf16 is no faster here" if precision is None else precision
-        logger.info("scoring_precision='auto': %s.", found)
-    scorer = Scorer(
-        sorted(quantities),
-        task=options.scoring_task,
-        granularity=options.granularity,
-        label_smoothing=options.label_smoothing_factor,
-        mode=options.score_mode,
-        precision=precision,
-        batch_size=options.scoring_batch_size,
-        mc_samples=options.mc_samples,
-    )
+    scorer = _make_scorer(trainer)
     table = trainer.irreducible_losses if function.needs_irreducible_loss else None
     corrupted = options.corrupted_column if options.report_selection else None
-    if by_token:
+    if options.granularity == "token":
         return TokenSelector(function, scorer, trainer.scored_task(), table, options.selection_ratio, corrupted)
     together = options.selection_scope == "global"
     return ExampleSelector(
         function,
-        scorer if quantities else None,
+        scorer if scorer.quantities else None,
         trainer.scored_task() if table is not None else None,
         table,
         chosen,
@@ -308,10 +303,34 @@ def make_selector(trainer: Any, chosen: int, drawn: int) -> ExampleSelector | To
     )
 
 
+def _make_scorer(trainer: Any) -> Scorer:
+    """What computes the quantities that the selection reads, and those of the report."""
+    options = trainer.args
+    quantities = set(trainer.selection_function.quantities)
+    if quantities or options.granularity == "token":
+        quantities |= {"count"}
+        if options.report_selection and trainer.scored_task() != "regression":
+            quantities |= {"correct"}
+    precision = resolve_precision(options)
+    if options.scoring_precision == "auto":
+        found = "as in training, since bf16 is no faster here" if precision is None else precision
+        logger.info("scoring_precision='auto': %s.", found)
+    return Scorer(
+        sorted(quantities),
+        task=options.scoring_task,
+        granularity=options.granularity,
+        label_smoothing=options.label_smoothing_factor,
+        mode=options.score_mode,
+        precision=precision,
+        batch_size=options.scoring_batch_size,
+        mc_samples=options.mc_samples,
+    )
+
+
 def resolve_precision(options: Any) -> Precision | None:
     """What scores are computed in; `"auto"` takes what the device is faster in, the same on all processes."""
     if options.scoring_precision != "auto":
-        return options.scoring_precision
+        return None if options.scoring_precision == "training" else options.scoring_precision
     faster = sum_over_processes(np.array([float(bf16_is_faster(options.device))]), options.device)[0]
     return "bf16" if faster == options.world_size else None
 
@@ -323,6 +342,13 @@ def _padding(trainer: Any) -> dict[str, float]:
     tokens = (getattr(source, "pad_token_id", None) for source in sources)
     token = next((token for token in tokens if token is not None), 0)
     return {"input_ids": token, "decoder_input_ids": token, "decoder_attention_mask": 0, "position_ids": 0}
+
+
+def _examples(batch: Batch) -> int:
+    """The number of a batch's examples, each of which has a row of its own."""
+    count = batch[ID_COLUMN].numel()
+    check_rows({name: value for name, value in batch.items() if name != ID_COLUMN}, count)
+    return count
 
 
 def _model_columns(batch: Batch, corrupted_column: str | None) -> dict[str, Any]:

@@ -228,12 +228,7 @@ def select_examples(
             raise ValueError("scores=None and ids=None don't say how many rows there are; pass ids")
         ids = torch.arange(scores.numel())
     ids = ids.detach().to("cpu", torch.int64)
-    if isinstance(count, float):
-        if not 0 < count <= 1:
-            raise ValueError(f"count={count} as a share of the rows must be above 0 and at most 1")
-        count = max(1, _share(count, len(ids)))
-    if not 1 <= count <= len(ids):
-        raise ValueError(f"count={count} rows can't be chosen from a draw of {len(ids)}; draw more or choose fewer")
+    count = _rows_to_choose(count, len(ids))
     if generator is None and (sampled or scores is None):
         raise ValueError("generator=None, but rows are drawn at random; pass a torch.Generator")
     if scores is None:
@@ -241,9 +236,8 @@ def select_examples(
     scores = scores.detach().to("cpu", torch.float64)
     if scores.shape != ids.shape:
         raise ValueError(f"scores of shape {list(scores.shape)} don't belong to ids of shape {list(ids.shape)}")
-    _refuse(
-        scores.isnan() | (scores == math.inf), scores, ids, "a model that diverged or overflowed in half precision"
-    )
+    wrong = scores.isnan() | (scores == math.inf)
+    _refuse(wrong, scores, ids, "a model that diverged or overflowed in half precision")
     if sampled:
         _refuse((scores < 0) & (scores != -math.inf), scores, ids, "sampling needs scores of 0 or more")
         return _sample(scores, count, generator)
@@ -284,6 +278,16 @@ def select_tokens(scores: torch.Tensor, mask: torch.Tensor, ratio: float) -> tor
         count = max(1, _share(ratio, len(valid)))
         chosen[valid[values.argsort(descending=True, stable=True)[:count]]] = True
     return chosen.reshape(mask.shape)
+
+
+def _rows_to_choose(count: int | float, rows: int) -> int:
+    if isinstance(count, float):
+        if not 0 < count <= 1:
+            raise ValueError(f"count={count} as a share of the rows must be above 0 and at most 1")
+        count = max(1, _share(count, rows))
+    if not 1 <= count <= rows:
+        raise ValueError(f"count={count} rows can't be chosen from a draw of {rows}; draw more or choose fewer")
+    return count
 
 
 def _share(ratio: float, rows: int) -> int:

@@ -16,30 +16,38 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_efx.core.data.example_ids import ID_COLUMN, IdIndex
+from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.losses import per_example_loss
 from hf_efx.core.scoring.scorer import infer_task
+from hf_efx.core.scoring.scoring_state import untouched
 from hf_efx.core.training.step_context import derive_seed
 from hf_efx.core.training.trainer import EfxTrainerMixin
 from hf_efx.rho_loss.arguments import RHOLossArguments
 from hf_efx.rho_loss.checks import (
+    LossCheck,
     check_arguments,
-    check_columns,
+    check_collator,
     check_options,
-    check_scored_loss,
-    check_weighted_loss,
+    check_train_dataset,
     rows_to_draw,
 )
 from hf_efx.rho_loss.exchange import gather_equal
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses
-from hf_efx.rho_loss.loader import ColumnRows, ExtraColumnsCollator, can_fetch_columns
-from hf_efx.rho_loss.micro_batches import MicroBatch, load_pending, save_pending
+from hf_efx.rho_loss.loader import (
+    ColumnRows,
+    ExtraColumnsCollator,
+    MicroBatch,
+    can_fetch_columns,
+    load_pending,
+    save_pending,
+)
 from hf_efx.rho_loss.report import REPORT_NAME, SelectionMetrics, SelectionReport, save_report
-from hf_efx.rho_loss.scoring_model import ScoringModelTraining
 from hf_efx.rho_loss.selecting import WEIGHT, ExampleSelector, Outcome, TokenSelector, make_selector, take_all
 from hf_efx.rho_loss.selection import get_selection_function
+from hf_efx.rho_loss.side_models import ScoringModelTraining
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +98,6 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         self._checked: tuple[Any, Any, IdIndex | None] | None = None  # a training set found right, for what; its ids
         self.announced_step = -1  # the last one whose rows were chosen
         self._step_started = 0.0
-        self._loss_checked = False
         self.read_options()
         self.add_callback(SelectionMetrics(self))
 
@@ -122,16 +129,7 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         key = (self.extra_columns, *(getattr(options, name) for name in names))
         if self._checked is not None and self._checked[0] is data and self._checked[1] == key:
             return self._checked[2]
-        index = check_columns(data, self.extra_columns)
-        if self.irreducible_losses is not None and self.selection_function.needs_irreducible_loss:
-            self.irreducible_losses.check(
-                data,
-                task=self.scored_task(),
-                granularity=options.granularity,
-                label_smoothing=options.label_smoothing_factor,
-                tokenizer=self.processing_class,
-            )
-            index = self.irreducible_losses.index
+        index = check_train_dataset(self)
         self._checked = (data, key, index)
         return index
 
@@ -154,9 +152,12 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         collator = self.data_collator
         self.data_collator = ExtraColumnsCollator(collator, self.extra_columns)
         try:
-            return super()._get_dataloader(dataset, description, drawn, *args, is_training=True, **kwargs)
+            loader = super()._get_dataloader(dataset, description, drawn, *args, is_training=True, **kwargs)
         finally:
             self.data_collator = collator
+        if self._selects and self.selection_function.needs_irreducible_loss:
+            check_collator(loader, dataset, collator)
+        return loader
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         self._begin_selection(batch_size or self._train_batch_size)
@@ -167,7 +168,8 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         options: Any = self.args
         self.read_options()
         index = self._check_train_dataset()
-        self._pending, self._already_drawn, self._loss_checked, self.announced_step = [], 0, False, -1
+        self._pending, self._already_drawn, self.announced_step = [], 0, -1
+        self._loss_check = LossCheck(self, WEIGHT)
         self.selection_report = self._scoring_training = None
         self.current_gradient_accumulation_steps = 1  # the Trainer's, which `compute_loss` reads before it is set
         if options.report_selection:
@@ -230,24 +232,16 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         if not drawn:
             return []
         loaded = time.perf_counter()
-        if not self._loss_checked:
-            self._check_scored_loss(drawn[0])
-        rank = self.args.process_index if options.selection_scope == "process" else None
-        seed = derive_seed(self.args.seed, self.state.global_step, 0, rank, "rho_loss")
-        outcome = self._selector(self._scores_with, drawn, torch.Generator().manual_seed(seed))
+        self._loss_check(drawn[0])
+        rank, step = self.args.process_index, self.state.global_step
+        together = None if options.selection_scope == "global" else rank
+        generator = torch.Generator().manual_seed(derive_seed(options.seed, step, 0, together, "rho_loss"))
+        with untouched(unwrap_model(self._scores_with), copy_buffers=False):
+            # Dropout's draws: the Trainer puts a checkpoint's random state back after its first choice, not before.
+            set_seed(derive_seed(options.seed, step, 0, rank, "scoring") % 2**32)
+            outcome = self._selector(self._scores_with, drawn, generator)
         self._report(outcome, loaded - self._step_started, time.perf_counter() - loaded)
         return outcome.micro_batches
-
-    def _check_scored_loss(self, batch: Any) -> None:
-        """Compares, once a run, what is scored with what is trained, unless told that they may differ."""
-        self._loss_checked = True
-        options: Any = self.args
-        inputs = {name: value for name, value in batch.items() if name not in self.extra_columns}
-        reads_loss = {"loss", "mc_loss", "grad_norm"} & {*self.selection_function.quantities}
-        if self.selection_function.sampled:
-            check_weighted_loss(self, inputs, WEIGHT)
-        if self.scoring_model is None and options.check_scored_loss and reads_loss:
-            check_scored_loss(self, inputs, self.scored_task(), options.label_smoothing_factor)
 
     def _report(self, outcome: Outcome, loading: float, scoring: float) -> None:
         if self.selection_report is None:

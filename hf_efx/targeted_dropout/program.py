@@ -202,6 +202,7 @@ def prune_main(argv: Sequence[str] | None = None) -> int:
         prog="prune.py",
         description="Prunes a checkpoint, and shows how it stands that.",
         options=(TaskModelOptions, CheckpointTaskOptions, PruneOptions, EfxArguments),
+        trains=False,
         **{**program_defaults(), "output_dir": "runs/pruned"},
     )
 
@@ -216,6 +217,7 @@ def _prune(
     if not model_options.model_name_or_path:
         raise ValueError("model_name_or_path is missing: name the checkpoint to prune with --model.")
     card, args.model_card = args.model_card, False  # ours says more than one written on a push
+    task_options = task_options.of_checkpoint(model_options.model_name_or_path)
     task, trainer = _load_checkpoint(model_options, task_options, args)
     model: Any = trainer.model
     folder = Path(str(args.output_dir))
@@ -263,7 +265,7 @@ def _load_checkpoint(
 ) -> tuple[LearningTask, EfxTrainer]:
     name = str(model_options.model_name_or_path)
     with args.main_process_first(desc="loading the data"):
-        task = load_task(task_options.of_checkpoint(name), name)
+        task = load_task(task_options, name)
     model = task.model_init(args.seed, model_options, trained=True)
     return task, task_trainer(task, EfxTrainer, model, args)
 

@@ -216,11 +216,9 @@ def make_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Step time with its floor, and optimiser memory, for each variant."""
-    import matplotlib
+    from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = matplotlib_pyplot()
     names = list(dict.fromkeys(row["configuration"] for row in rows))
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), sharey=True)
 
@@ -242,7 +240,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -244,7 +244,7 @@ def headline(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Answers of both searches, evaluations, and GPT-2's memory."""
-    from hf_efx.core.results.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
@@ -268,8 +268,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes[2].set(title="GPT-2: peak memory above the model,\nin copies of its weights")
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

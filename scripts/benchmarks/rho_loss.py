@@ -223,7 +223,7 @@ def make_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Seconds to uniform's best over uniform's, with and without the table's cost."""
-    from hf_efx.core.results.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(1, len(TARGETS), figsize=(16, 5.5), sharey=True, layout="constrained")
@@ -244,8 +244,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[0].legend(loc="lower right")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

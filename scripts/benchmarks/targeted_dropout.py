@@ -285,7 +285,7 @@ def make_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Step times over dense."""
-    from hf_efx.core.results.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
     plt = matplotlib_pyplot()
     timed_rows = [row for row in rows if "step_ratio" in row]
@@ -301,8 +301,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axis.invert_yaxis()
     axis.set_title("training step / dense (dashes: 1.1)")
     axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

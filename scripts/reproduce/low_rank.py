@@ -272,11 +272,9 @@ def make_claims(rows: Mapping[tuple[str, int], Any], seeds: Sequence[int], best:
 
 def plot(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], path: Path) -> None:
     """Final perplexities at both budgets, and the long runs' loss curves."""
-    import matplotlib
+    from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = matplotlib_pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
     for axis, budget in zip(axes, ("short", "long"), strict=False):
         names = list(dict.fromkeys(r["configuration"] for r in rows if r["configuration"].endswith(f"({budget})")))
@@ -302,7 +300,7 @@ def plot(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], path: Path) ->
     axes[2].set_title(f"{curves[0][-1][0]:,} steps")
     axes[2].legend()
     axes[2].grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

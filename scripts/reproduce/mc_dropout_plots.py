@@ -20,8 +20,7 @@ def plot(study: Any, table: Sequence[Mapping[str, Any]], sweeps: Sequence[Mappin
         sweeps: A line for each other way of sampling.
         path: Of the PNG.
     """
-    from hf_efx.core.files import whole_file
-    from hf_efx.core.results.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(17, 10), layout="constrained")
@@ -32,9 +31,7 @@ def plot(study: Any, table: Sequence[Mapping[str, Any]], sweeps: Sequence[Mappin
     lengths = sorted({line["configuration"].partition(": ")[0] for line in table if "sources" in line}, key=_first)
     _lengths(axes[1][1], table, lengths)
     _bars(axes[1][2], sweeps, [line["configuration"] for line in sweeps], "half of the sources, one seed")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=80, format="png")
-    plt.close(figure)
+    save_figure(figure, path, dpi=80)
 
 
 def _first(text: str) -> int:

@@ -19,7 +19,7 @@ def plot(rankings: Mapping[str, Rows], networks: Rows, sweep: Rows, control: Row
         measure: Name of prunability in the rows.
         path: Of the PNG.
     """
-    from hf_efx.core.results.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(17, 10), layout="constrained")
@@ -29,8 +29,7 @@ def plot(rankings: Mapping[str, Rows], networks: Rows, sweep: Rows, control: Row
     _sweep(axes[1][0], sweep, measure)
     _control(axes[1][1], control, measure)
     _by_setting(axes[1][2], rankings, measure)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save_figure(figure, path, dpi=80)
 
 
 def _scatter(axis: Any, rows: Rows, measure: str, gap: str) -> None:

@@ -21,7 +21,7 @@ def _mean_curve(rows: Rows, key: str, column: int) -> tuple[np.ndarray, np.ndarr
 
 def plot(rows: Rows, seeds: Sequence[int], path: Path, panels: int = 4) -> None:
     """One line of panels for each part: by steps, by seconds, share of corrupted examples, share already right."""
-    from hf_efx.core.results.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
     plt = matplotlib_pyplot()
     parts = list(dict.fromkeys(row["part"] for row in rows if row.get("curve")))
@@ -54,8 +54,7 @@ def plot(rows: Rows, seeds: Sequence[int], path: Path, panels: int = 4) -> None:
             line[2].axhline(float(np.mean(base)), linestyle="--", color="black", linewidth=1)
         line[0].legend(fontsize="small")
         _limits(line[:2], chosen)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save_figure(figure, path, dpi=90)
 
 
 def _limits(axes: Any, rows: Rows) -> None:

@@ -149,7 +149,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
 
 def plot(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], seeds: Sequence[int], path: Path) -> None:
     """For each part: by epochs, by CPU seconds, and the sweep over rates and blocks."""
-    from hf_efx.core.results.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(len(parts), 3, figsize=(16, 4.6 * len(parts)), layout="constrained", squeeze=False)
@@ -172,8 +172,7 @@ def plot(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], seeds: Sequenc
         _plot_sweep(line[2], [r for r in rows if r["part"] == part and r["seed"] == seeds[0]], part)
         for axis in line:
             axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save_figure(figure, path, dpi=90)
 
 
 def _limits(axis: Any, part: str) -> None:

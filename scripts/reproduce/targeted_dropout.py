@@ -264,7 +264,7 @@ def headline(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> str:
 
 def plot(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], path: Path) -> None:
     """For each part and granularity the figure over the fraction pruned, mean and range over seeds."""
-    from hf_efx.core.results.plots import matplotlib_pyplot
+    from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
     plt = matplotlib_pyplot()
     kinds = [(part, kind) for part in parts for kind in (("unit",) if part == "lm" else ("weight", "unit"))]
@@ -285,8 +285,7 @@ def plot(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], path: Path) ->
         axis.legend(fontsize="small")
         if part == "lm":
             axis.set_yscale("log")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save_figure(figure, path, dpi=90)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

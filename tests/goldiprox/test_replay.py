@@ -19,7 +19,8 @@ from hf_efx.core.data.tables import data_fingerprint
 from hf_efx.core.data.text_data import byte_tokenizer
 from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.goldiprox import GoldiProxMixin, GoldiProxTrainer, ReplayMixin, ReplayTrainer, SelectionSequence
-from hf_efx.rho_loss.arguments import RHOLossArgumentsMixin
+from hf_efx.rho_loss.arguments import RHOLossArguments, RHOLossArgumentsMixin
+from hf_efx.rho_loss.trainer import RHOLossTrainer
 
 from .tiny import ROWS, STEPS, arguments, assert_equal_weights, data, draw, model, replay, sequence
 
@@ -157,6 +158,93 @@ def test_options_set_on_the_arguments_later_are_checked_before_the_first_step(tm
         assert run.state.global_step == 0
 
 
+class OwnSampler(ReplayTrainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # pyright: ignore
+
+
+class OwnLoader(ReplayTrainer):
+    def get_train_dataloader(self) -> Any:
+        return Trainer.get_train_dataloader(self)
+
+
+class OwnBatches(ReplayTrainer):
+    def get_batch_samples(self, *args: Any) -> Any:
+        batches, count = super().get_batch_samples(*args)
+        return [{name: value.flip(0) for name, value in batch.items()} for batch in batches], count
+
+
+class LoadingTrainer(Trainer):
+    def get_train_dataloader(self) -> Any:
+        return super().get_train_dataloader()
+
+
+class Below(ReplayMixin, LoadingTrainer): ...
+
+
+class Choosing(ReplayMixin, RHOLossTrainer): ...
+
+
+class Harmless(ReplayTrainer):
+    """Hands on what it is given."""
+
+    def get_train_dataloader(self) -> Any:
+        return super().get_train_dataloader()
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        batches, count = super().get_batch_samples(*args)
+        return [*batches], count
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (OwnSampler, "_get_train_sampler of OwnSampler has no place in a replay"),
+        (OwnLoader, "get_train_dataloader of OwnLoader gives another loader than the sequence's"),
+        (OwnBatches, "get_batch_samples of OwnBatches gives other batches than the sequence's"),
+        (Below, "get_train_dataloader of LoadingTrainer has no place in a replay"),
+        (Choosing, "Choosing would choose among the examples that were chosen already"),
+    ],
+)
+def test_other_rows_or_another_order_are_refused_before_the_first_step(cls: Any, words: str, tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    if cls is Choosing:
+        args = arguments(tmp_path, RHOLossArguments, selection="uniform")
+    net, steps = model(), sequence(draw())
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=words):
+        cls(net, args, train_dataset=data(), sequence=steps).train()
+    assert all(torch.equal(one, other) for one, other in zip(before, net.parameters(), strict=True))
+
+
+def test_overridden_methods_that_hand_on_what_they_get_do(tmp_path: Path) -> None:
+    ids = draw()
+    first = replay(tmp_path, sequence(ids), max_steps=2)
+    first.train()
+    again = Harmless(model(), arguments(tmp_path, max_steps=2), train_dataset=data(), sequence=sequence(ids))
+    again.train()
+    assert_equal_weights(again, first)
+
+
+def test_data_and_sequence_set_later_are_what_is_trained_on(tmp_path: Path) -> None:
+    ids = draw(steps=2)
+    run = replay(tmp_path, sequence(draw(seed=1)))
+    run.train_dataset = changed_labels()
+    with pytest.raises(ValueError, match="selected from another data set"):
+        run.train()
+    run.train_dataset = data().shuffle(seed=5)
+    run.sequence = sequence(ids)
+    run.train()
+    assert run.state.global_step == 2 and flat(run.seen) == flat(ids)
+
+
+def test_epochs_that_are_not_read_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for options, warned in (({"num_train_epochs": 7}, 1), ({"num_train_epochs": 7, "max_steps": 1}, 0), ({}, 0)):
+        caplog.clear()
+        replay(tmp_path, sequence(draw(steps=2)), **options).train()
+        assert caplog.text.count("num_train_epochs=7 isn't read in a replay") == warned
+
+
 def test_named_arguments_and_default_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = ReplayTrainer(model(), train_dataset=data(), sequence=sequence(draw()))  # 8 a step, as in the defaults
@@ -245,6 +333,11 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("rebalanced", {"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy='batch_rebalance'"),
     ("found size", {"auto_find_batch_size": True}, "auto_find_batch_size=True"),
+    (
+        "short step dropped",
+        {"steps": sequence(draw(last=3)), "dataloader_drop_last": True},
+        "dataloader_drop_last=True: the sequence has steps of 3 to 8 examples",
+    ),
     ("no skipping", {"ignore_data_skip": True}, "ignore_data_skip=True"),
     ("split", {"accelerator_config": {"split_batches": True}}, "accelerator_config: split_batches=True"),
     ("dispatched", {"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: dispatch_batches=True"),

@@ -170,7 +170,7 @@ def test_the_task_of_a_checkpoint_and_what_was_not_trained_for_it(load, tmp_path
     task.model_init(seed=0).save_pretrained(tmp_path / "bert")
     options = CheckpointTaskOptions(block_size=8)
     found = options.of_checkpoint(str(tmp_path / "bert"))
-    assert found == CheckpointTaskOptions(block_size=8, task="text_classification")
+    assert found == CheckpointTaskOptions(block_size=8, task="text_classification", holdout_share=0.0)
     assert CheckpointTaskOptions(task="causal_lm").of_checkpoint(str(tmp_path / "bert")).task == "causal_lm"
     checkpoint = TaskModelOptions(model_name_or_path=str(tmp_path / "bert"))
     assert task.model_init(0, checkpoint, trained=True).num_labels == len(task.labels)

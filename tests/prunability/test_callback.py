@@ -4,8 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
@@ -13,6 +17,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_efx import PrunabilityCallback, measure_prunability
 from prunability.networks import Digits, digits
@@ -23,7 +28,7 @@ def data(count: int = 120) -> Dataset:
     return Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": labels.tolist()})
 
 
-def run(tmp_path, callbacks, **options) -> Trainer:
+def run(tmp_path, callbacks, kind=Trainer, model=None, own_loss=None, **options) -> Trainer:
     torch.manual_seed(0)
     arguments = {"max_steps": 12, "eval_steps": 4, "save_steps": 4, "learning_rate": 0.01, **options}
     args = TrainingArguments(
@@ -36,7 +41,8 @@ def run(tmp_path, callbacks, **options) -> Trainer:
         **arguments,
     )
     rows = data()
-    trainer = Trainer(Digits(16), args, train_dataset=rows, eval_dataset=rows.select(range(20)), callbacks=callbacks)
+    parts = {"train_dataset": rows, "eval_dataset": rows.select(range(20)), "callbacks": callbacks}
+    trainer = kind(model or Digits(16), args, **parts, **({} if own_loss is None else {"compute_loss_func": own_loss}))
     trainer.train()
     return trainer
 
@@ -148,3 +154,69 @@ def test_what_cant_be_measured_ends_training_before_its_first_step(tmp_path):
     with pytest.raises(ValueError, match="Digits doesn't say which loss it computes; name the task"):
         run(tmp_path, [PrunabilityCallback(data()), Steps()])
     assert not steps
+
+
+class Classifier(BertForSequenceClassification):
+    """Says by its class which loss it computes; of pixels."""
+
+    def __init__(self) -> None:
+        sizes = {"hidden_size": 4, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 4}
+        super().__init__(BertConfig(vocab_size=4, num_labels=10, **sizes))
+        self.layers = nn.Linear(64, 10)
+
+    def forward(self, pixel_values, labels=None, **kwargs):  # pyright: ignore
+        logits = self.layers(pixel_values)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class FocalTrainer(Trainer):
+    """As the docs show it: the labels are there, and the model's own loss is left aside."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = focal(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+def focal(outputs, labels, num_items_in_batch=None):
+    losses = F.cross_entropy(outputs["logits"], labels, reduction="none")
+    return ((1 - torch.exp(-losses)) * losses).mean()
+
+
+class LoggedTrainer(Trainer):
+    """Overrides compute_loss, and trains on the model's loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("own", [{"own_loss": focal}, {"kind": FocalTrainer}])
+def test_a_loss_of_the_trainers_own_is_refused_before_the_first_step(tmp_path, own, caplog):
+    model = Classifier()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="doesn't train on the loss that the model returns.*give PrunabilityCallback"):
+        run(tmp_path, [PrunabilityCallback(data(40))], model=model, **own)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not model._forward_hooks
+    run(tmp_path, [PrunabilityCallback(data(40), task="classification")], model=model, max_steps=1, **own)
+    assert "is measured by the loss of task='classification'" in caplog.text
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"kind": LoggedTrainer}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}]
+)
+def test_the_models_own_loss_is_taken_without_a_word(tmp_path, own, caplog):
+    callback = PrunabilityCallback(data(40))
+    model = Classifier()
+    run(tmp_path, [callback], model=model, max_steps=2, eval_steps=1, **own)
+    assert len(callback.results) == 2 and "doesn't train on the loss" not in caplog.text
+    assert not model._forward_hooks
+
+
+def test_a_loss_of_another_model_shows_when_training_begins(tmp_path):
+    other, (pixels, labels) = Digits(16), digits(20)
+    with pytest.raises(ValueError, match="computes it with another model"):
+        run(tmp_path, [PrunabilityCallback(lambda _: other(pixels, labels)["loss"])])

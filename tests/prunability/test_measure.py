@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_efx import SliceOutConfig, TargetedDropoutConfig, get_efx_model
-from hf_efx.prunability import measure, measure_prunability
+from hf_efx.prunability import loss_curve, measure_prunability
 from hf_efx.prunability.sample import Sample
 from prunability.networks import cross_entropies, digits, squared_errors, trained, two_weights
 
@@ -103,10 +103,10 @@ def test_memorised_labels_need_more_weights():
 
 
 def test_crossing_by_hand():
-    steps = measure.np.array([10, 20, 50, 100])
-    assert measure._crossing(steps, [3.0, 1.0, -0.5, -1.0]) == 40.0  # two thirds of the way from 20 to 50
-    assert measure._crossing(steps, [-1.0, 2.0, -2.0, -1.0]) == 35.0  # the last crossing counts
-    assert measure._crossing(steps, [-1.0, -1.0, -1.0, -1.0]) == 10.0
+    steps = loss_curve.np.array([10, 20, 50, 100])
+    assert loss_curve._crossing(steps, [3.0, 1.0, -0.5, -1.0]) == 40.0  # two thirds of the way from 20 to 50
+    assert loss_curve._crossing(steps, [-1.0, 2.0, -2.0, -1.0]) == 35.0  # the last crossing counts
+    assert loss_curve._crossing(steps, [-1.0, -1.0, -1.0, -1.0]) == 10.0
 
 
 def test_interval_narrows_with_examples():
@@ -220,8 +220,83 @@ def test_bad_options(options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": "0.1"}, "tolerance='0.1': expected a number"),
+        ({"tolerance": True}, "tolerance=True: expected a number"),
+        ({"embeddings": "no"}, "embeddings='no': expected True or False"),
+        ({"exhaustive": 1}, "exhaustive=1: expected True or False"),
+        ({"seed": None}, "seed=None: expected a whole number, 0 or more"),
+        ({"samples": 10.5}, "samples=10.5: expected a whole number, 1 or more"),
+        ({"batch_size": "8"}, "batch_size='8': expected a whole number"),
+    ],
+)
+def test_options_of_another_type(options, message):
+    with pytest.raises(TypeError, match=message):
+        measure_prunability(gpt2(), text(), **options)
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(TypeError, match="model is a str: expected a torch.nn.Module"):
+        measure_prunability("gpt2", text())  # pyright: ignore[reportArgumentType]
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed=-1: expected 0 or more"):
+        measure_prunability(gpt2(), text(), seed=-1)
+
+
+def test_one_example_has_no_interval():
+    torch.manual_seed(0)
+    assert measure_prunability(gpt2(), text(), samples=1).interval is None
+    assert measure_prunability(gpt2(), text(), samples=2).interval is not None
+
+
+def test_a_loss_that_never_sees_the_model_is_refused():
+    model, losses = two_weights()
+    for other in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), backend="eager")):
+        for tolerance, exhaustive in ((0.0, False), (0.5, True)):
+            options = {"tolerance_mode": "absolute", "tolerance": tolerance, "exhaustive": exhaustive}
+            with pytest.raises(ValueError, match="stays 0.0 whatever becomes of the 2 weights"):
+                measure_prunability(model, lambda _, other=other: losses(other), **options)
+    assert model.weight.tolist() == [[3.0, 1.0]]
+    compiled = torch.compile(model, backend="eager")  # has the weights themselves
+    assert measure_prunability(model, lambda _: losses(compiled), 0.5, tolerance_mode="absolute").fraction == 0.5
+
+
+def test_a_new_head_of_zeros_is_measured():
+    """Its loss stays what it is without a single weight; the weights are in it all the same."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    for parameter in model[1].parameters():
+        nn.init.zeros_(parameter)
+    inputs, labels = torch.ones(5, 4), torch.arange(5) % 3
+    before = copy.deepcopy(model.state_dict())
+    result = measure_prunability(model, lambda m: F.cross_entropy(m(inputs), labels, reduction="none"))
+    assert result.fraction == 0.01 and result.loss == pytest.approx(math.log(3))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "losses", [lambda model: None, lambda model: {"loss": 1.0}, lambda model: "3", lambda model: (1.0, 1.0, 1.0, None)]
+)
+def test_losses_of_another_type(losses):
+    model, _ = two_weights()
+    with pytest.raises(TypeError, match="the loss function returned a .*expected one loss an example"):
+        measure_prunability(model, losses)
+
+
+def changed(model: nn.Module) -> torch.Tensor:
+    for parameter in model.parameters():
+        parameter.add_(1)
+    return torch.ones(2)
+
+
+@pytest.mark.parametrize(
     ("losses", "message"),
     [
+        (lambda model: (torch.ones(3), torch.ones(2)), r"weights of shape \[2\]"),
+        (lambda model: (torch.ones(2), torch.tensor([2.0, -1.0])), "at least -1: expected one weight a loss"),
+        (lambda model: changed(copy.deepcopy(model)), "whatever becomes of the 2 weights"),
         (lambda model: torch.rand(4), "random"),
         (lambda model: torch.full((3,), math.nan), "NaN"),
         (lambda model: math.inf, "inf"),
@@ -236,6 +311,12 @@ def test_bad_losses(losses, message):
     with pytest.raises(ValueError, match=message):
         measure_prunability(model, losses)
     assert model.weight.tolist() == [[3.0, 1.0]]
+
+
+def test_a_loss_function_that_trains_is_refused():
+    model, _ = two_weights()
+    with pytest.raises(ValueError, match="changed the weights of the model"):
+        measure_prunability(model, changed)
 
 
 class Stream(IterableDataset):
@@ -259,6 +340,7 @@ class Stream(IterableDataset):
         (TensorDataset(torch.ones(2, 3), torch.ones(2)), {}, "rows of type tuple"),
         ([([1, 2], 0)], {"data_collator": lambda rows: [torch.ones(1), torch.ones(1)]}, "'labels', but is a list"),
         (text(), {"data_collator": DataCollatorWithFlattening()}, "1 rows of 8 examples|several examples each"),
+        ([{"labels": [1, 2]}, {"labels": [1]}], {}, "don't make a batch.*give a data_collator that pads"),
         ([{"input_ids": [1, 2], "labels": [-100, -100]}], {}, "no example of the sample has a label"),
         (text(), {"label_smoothing": 1.5}, "label_smoothing=1.5"),
     ],

@@ -1,17 +1,23 @@
 """The program `hf-efx prunability`, and the measurement that `evaluate` loads."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from program_runs import MODEL, QUIET, write_images
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 import hf_efx
 from hf_efx import cli
+from hf_efx.core.data.fingerprints import data_fingerprint
 from hf_efx.core.data.text_data import byte_tokenizer
+from hf_efx.programs.task_data import load_task
+from hf_efx.programs.tasks import TaskOptions
 from hf_efx.prunability import program
+from hf_efx.targeted_dropout import program as targeted_dropout
 
 IMAGES = ["--task", "image_classification", "--samples", "60", "--batch_size", "30", "--device", "cpu"]
 
@@ -58,7 +64,8 @@ def test_checkpoints_are_measured_on_one_sample(checkpoints, tmp_path, capsys):
         (["--model", "FIRST", "--tolerance", "-1"], "tolerance=-1"),
         (["--model", "FIRST", "--scope", "row"], "scope"),
         (["--model", "FIRST", "--device", "gpu"], "device='gpu' can't be used"),
-        (["--model", "FIRST", "--samples", "0"], "samples=0: expected 1 or more"),
+        (["--model", "FIRST", "--samples", "1"], "samples=1: expected 2 or more"),
+        (["--model", "FIRST", "--seed", "-1"], "seed=-1: expected 0 or more"),
         (["--model", "FIRST", "--output_dir", "/dev/null/out"], "output_dir='/dev/null/out' can't be written"),
         (["--model", "FIRST", "--toleranse", "1"], "tolerance"),
     ],
@@ -69,6 +76,38 @@ def test_wrong_input_ends_with_a_line(argv, message, checkpoints, capsys, tmp_pa
         program.main([*IMAGES, "--no_plot", "--output_dir", str(tmp_path), *argv])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_is_measured_on_its_own_data(tmp_path, capsys):
+    """A part of it, with noise; what is given wins, and is said."""
+    images, run, out = write_images(tmp_path / "images"), tmp_path / "run", tmp_path / "out"
+    noisy = ["--max_train_examples", "60", "--label_noise", "0.5", "--label_noise_seed", "3"]
+    training = ["--task", "image_classification", "--dataset", images, *noisy, *QUIET, "--no_plot", "--max_steps", "1"]
+    model = ["--model_type", "resnet", "--config_overrides", MODEL, "--fractions", "0"]
+    words = [*training, *model, "--eval_strategy", "no", "--output_dir", run]
+    assert targeted_dropout.main([str(word) for word in words]) == 0
+    capsys.readouterr()
+    argv = ["--model", run, "--device", "cpu", "--no_plot", "--output_dir", out, "--samples", "60"]
+    found = {}
+    for given in ((), ("--label_noise", "0"), ("--label_noise", "0", "--max_train_examples", "30")):
+        assert program.main([str(word) for word in (*argv, *given)]) == 0
+        found[given] = json.loads((out / "results.json").read_text()), capsys.readouterr().out
+    results, said = found[()]
+    options = TaskOptions(task="image_classification", dataset=str(images), max_train_examples=60, label_noise=0.5)
+    trained = load_task(dataclasses.replace(options, label_noise_seed=3, holdout_share=0.0))
+    assert results["data"]["fingerprint"] == data_fingerprint(trained.train, trained.fingerprint_columns)
+    assert results["settings"]["training examples"] == 60 and results["settings"]["label_noise"] == 0.5
+    assert f"as in the run that made {run}: " in said and "max_train_examples=60" in said and "as given" not in said
+    assert "other data" not in said
+    results, said = found["--label_noise", "0"]
+    assert results["settings"]["training examples"] == 60 and "label_noise" not in results["settings"]
+    assert f"as given, other than in the run that made {run}: label_noise=0" in said
+    assert f"{run} is measured on other data than it was trained on" in said
+    assert found["--label_noise", "0", "--max_train_examples", "30"][0]["settings"]["training examples"] == 30
+    trained_only = ["--model", str(run), "--optim", "adamw_8bit"]
+    with pytest.raises(SystemExit):
+        targeted_dropout.prune_main(trained_only)
+    assert "--optim acts in training alone" in capsys.readouterr().err
 
 
 def test_a_language_model_on_its_text(tmp_path, capsys):

@@ -1,9 +1,12 @@
 """Which weights count, their order, and that they come back bit for bit."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from hf_efx import LowRankConfig, get_efx_model
 from hf_efx.prunability import measure_prunability, weights
@@ -170,19 +173,121 @@ def test_what_cannot_be_ranked():
         prunable_weights(nn.Embedding(3, 3))
     with pytest.raises(ValueError, match="isn't finite|aren't finite"):
         order_of(torch.tensor([[1.0, torch.nan]]))
-    whole = nn.Linear(2, 2)
-    whole.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="'weight' is stored as torch.int8"):
-        prunable_weights(whole)
     with pytest.raises(ValueError, match="meta device"):
         prunable_weights(nn.Linear(2, 2, device="meta"))
-    whole.weight = nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ValueError, match="'weight' is stored as torch.float8_e4m3fn"):
-        prunable_weights(whole)
-    for name in ("weight", "qweight"):
-        packed = nn.Module()
-        packed.register_buffer(name, torch.ones(2, 2, dtype=torch.int8))
-        with pytest.raises(ValueError, match=f"'1.{name}' is stored as torch.int8"):
-            prunable_weights(nn.Sequential(nn.Linear(2, 2), packed))
+    with pytest.raises(ValueError, match="'0.weight' is on the meta device"):  # counted or not
+        prunable_weights(nn.Sequential(nn.Embedding(2, 2, device="meta"), nn.Linear(2, 2)))
+    with torch.inference_mode():
+        frozen = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'weight' was made in inference mode"):
+        prunable_weights(frozen)
+    with pytest.raises(ValueError, match="'0.weight' has no shape yet: run the model once"):
+        prunable_weights(nn.Sequential(nn.LazyLinear(2)))
+    with pytest.raises(ValueError, match="'weight' is stored as torch.complex64"):
+        prunable_weights(nn.Linear(2, 2, dtype=torch.complex64))
+    sparse = nn.Linear(2, 2)
+    sparse.weight = nn.Parameter(sparse.weight.detach().to_sparse())
+    with pytest.raises(ValueError, match="torch.sparse_coo: prunability ranks dense"):
+        prunable_weights(sparse)
     with pytest.raises(ValueError, match="fraction=1.5"), order_of(torch.ones(2, 2)).pruned(1.5):
         pass
+
+
+def packed(name: str, tensor: torch.Tensor, parameter: bool = False) -> nn.Module:
+    layer = nn.Module()
+    if parameter:
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    else:
+        layer.register_buffer(name, tensor)
+    return layer
+
+
+def quanto_like() -> nn.Module:
+    """A weight that says float32 and is none, as torchao's and quanto's: one of torch's own wrapper subclasses."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    layer = nn.Module()
+    layer.weight = nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda: packed("weight", torch.full((2, 2), 3, dtype=torch.int8), True), "1.weight: torch.int8"),
+        (lambda: packed("weight", torch.ones(2, 2).to(torch.float8_e4m3fn), True), "1.weight: torch.float8_e4m3fn"),
+        # Of four bits: two numbers in a byte, one after the other.
+        (lambda: packed("weight", torch.full((9, 1), 137, dtype=torch.uint8), True), "1.weight: torch.uint8"),
+        (lambda: packed("weight", torch.full((9,), 137, dtype=torch.uint8), True), "1.weight: torch.uint8"),
+        (lambda: packed("W_q", torch.full((2, 2), 3, dtype=torch.int8)), "1.W_q: torch.int8"),
+        (lambda: packed("qweight", torch.ones(2, 2, dtype=torch.int32)), "1.qweight: torch.int32"),
+        (quanto_like, "1.weight: TwoTensor"),
+        (lambda: torch.ao.nn.quantized.dynamic.Linear(4, 4), "1._packed_params: LinearPackedParams"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*other quantized tensor creation functions:UserWarning")
+def test_a_model_with_quantised_parts_is_refused(layer, message):
+    model = nn.Sequential(nn.Linear(2, 2), layer())
+    with pytest.raises(ValueError, match=rf"1 parts of the model are quantised \({message}\)"):
+        prunable_weights(model)
+
+
+def test_masks_and_positions_are_no_weights():
+    model = nn.Linear(2, 2)
+    for dtype in (torch.bool, torch.uint8, torch.int8):
+        model.register_buffer(f"mask_{dtype}".replace(".", "_"), torch.ones(3, 3).tril().to(dtype))
+    model.register_buffer("positions", torch.arange(6)[None])
+    model.register_buffer("scale", torch.tensor(7, dtype=torch.uint8))
+    assert list(prunable_weights(model)) == ["weight"]
+
+
+@pytest.mark.parametrize(
+    ("compute", "names", "way_out"),
+    [
+        (lambda m: prune.l1_unstructured(m, "weight", 0.5), "weight_orig", "prune.remove"),
+        (torch.nn.utils.weight_norm, "weight_g, weight_v", "remove_weight_norm"),
+        (torch.nn.utils.spectral_norm, "weight_orig", "remove_spectral_norm"),
+        (parametrizations.weight_norm, "original0, original1", r"remove_parametrizations\(module, 'weight'\)"),
+        (parametrizations.orthogonal, "original", r"remove_parametrizations\(module, 'weight'\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*deprecated in favor of:FutureWarning")  # the older functions, still in use
+def test_weights_that_torch_computes_from_others_are_refused(compute, names, way_out):
+    model = nn.Sequential(nn.Linear(4, 4))
+    compute(model[0])
+    with pytest.raises(ValueError, match=f"0.weight is computed from {names}.*{way_out}"):
+        measure_prunability(model, lambda m: (m(torch.ones(3, 4)) - 1).square().sum(1))
+
+
+def shapes(model: nn.Module) -> list[str]:
+    return [name.removeprefix("base_model.model.") for name in prunable_weights(model)]
+
+
+def test_what_peft_leaves_idle_does_not_count():
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"], init_lora_weights=False)
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), config)  # pyright: ignore
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["0"]))
+    first = ["0.base_layer.weight", "0.lora_A.default.weight", "0.lora_B.default.weight"]
+    assert shapes(model) == [*first, "1.modules_to_save.default.weight"]
+    inputs = torch.ones(3, 6)
+    found = measure_prunability(model, lambda m: (m(inputs) - 1).square().sum(1))
+    assert found.weights == 6 * 8 + 2 * 6 + 8 * 2 + 8 * 3
+    model.set_adapter("other")  # has no copy of the second layer
+    other = ["0.base_layer.weight", "0.lora_A.other.weight", "0.lora_B.other.weight"]
+    assert shapes(model) == [*other, "1.original_module.weight"]
+    with model.disable_adapter():
+        assert shapes(model) == ["0.base_layer.weight", "1.original_module.weight"]
+    model.set_adapter("default")
+    model.merge_adapter()
+    assert shapes(model) == ["0.base_layer.weight", "1.modules_to_save.default.weight"]
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="merged and switched off.*unmerge_adapter"):
+        prunable_weights(model)
+
+
+def test_the_weight_that_low_rank_factors_stand_in_for_does_not_count():
+    config = LowRankConfig(rank=2, target_modules=["0"])
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 8)), config)  # pyright: ignore
+    assert shapes(model) == ["0.low_rank_u.default", "0.low_rank_v.default"]
+    with model.disable_adapter():
+        assert shapes(model) == ["0.base_layer.weight"]

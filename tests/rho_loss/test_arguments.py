@@ -1,5 +1,6 @@
 """Options of RHO-LOSS: what is refused, presets, the command line."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hf_efx.rho_loss.arguments import PRESETS, RHOLossArguments, RHOLossArgument
         ({"granularity": "word"}, "granularity='word': expected one of 'example', 'token'"),
         ({"score_mode": "test"}, "score_mode='test'"),
         ({"selection_scope": "node"}, "selection_scope='node'"),
-        ({"scoring_precision": "int8"}, "scoring_precision='int8': expected one of nothing, 'bf16', 'fp16'"),
+        ({"scoring_precision": "int8"}, "scoring_precision='int8': expected one of nothing, 'training', 'bf16'"),
         ({"scoring_task": "vision"}, "scoring_task='vision'"),
         ({"rescore_every": 0}, "rescore_every=0: expected 1 or more"),
         ({"scoring_batch_size": 0}, "scoring_batch_size=0"),
@@ -48,6 +49,28 @@ def test_defaults_are_the_papers_rule() -> None:
 def test_a_preset_leaves_what_was_set() -> None:
     assert PRESETS["fast"].items() <= vars(RHOLossArgumentsMixin(preset="fast")).items()
     assert RHOLossArgumentsMixin(preset="fast", rescore_every=3).rescore_every == 3
+
+
+def test_what_is_passed_is_left_though_it_equals_the_default(tmp_path: Path) -> None:
+    passed = {"selection_ratio": 0.1, "scoring_precision": "training"}
+    options = {"preset": "fast", "output_dir": str(tmp_path), "use_cpu": True}
+    parser = HfArgumentParser(RHOLossArguments)  # type: ignore[arg-type]
+    words = [f"--{name}={value}" for name, value in {**options, **passed}.items()]
+    (tmp_path / "run.yaml").write_text("\n".join(f"{name}: {value}" for name, value in {**options, **passed}.items()))
+    for arguments in (
+        RHOLossArguments(**options, **passed),
+        parser.parse_args_into_dataclasses(words)[0],
+        parser.parse_yaml_file(tmp_path / "run.yaml")[0],
+    ):
+        assert {name: getattr(arguments, name) for name in passed} == passed
+    for arguments in (
+        RHOLossArguments(**options),
+        parser.parse_args_into_dataclasses(words[:3])[0],
+        parser.parse_dict(options)[0],
+        dataclasses.replace(RHOLossArguments(str(tmp_path), use_cpu=True), preset="fast"),
+    ):
+        assert {name: getattr(arguments, name) for name in PRESETS["fast"]} == PRESETS["fast"]
+    assert PRESETS["fast"].keys() == passed.keys()
 
 
 def test_options_go_onto_other_arguments_and_the_command_line(tmp_path: Path) -> None:

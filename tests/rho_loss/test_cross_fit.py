@@ -10,13 +10,20 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features, List, Value
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    default_data_collator,
+)
 
 from hf_efx.core.data.tables import IdIndex, settings_of
 from hf_efx.rho_loss import cross_fit
 from hf_efx.rho_loss.cross_fit import cross_fit_irreducible_losses, deal_folds, refuse_scored
-from hf_efx.rho_loss.irreducible import train_irreducible_model
+from hf_efx.rho_loss.irreducible import Scoring
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses, load_irreducible_losses
+from hf_efx.rho_loss.side_models import train_irreducible_model
 
 ROWS = 60
 
@@ -76,10 +83,10 @@ def whole(tmp_path_factory):
     return cross_fit_table(tmp_path_factory.mktemp("whole"))[:]
 
 
-def test_every_example_is_scored_by_a_model_that_never_saw_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folds", [2, 3])
+def test_every_example_is_scored_by_a_model_that_never_saw_it(tmp_path, folds, monkeypatch):
     """By the id, too: the losses say which example they are of. (The paper's code writes them by position.)"""
     monkeypatch.setattr(cross_fit, "_MERGED_AT_ONCE", 7)
-    folds = 3
     table = cross_fit_table(tmp_path, Recorder, folds=folds, training={"num_train_epochs": 1})
     ids = sorted(examples()["example_id"][:])
     assert table["example_id"][:] == ids
@@ -136,6 +143,16 @@ def test_labels_of_one_class_each_are_spread_and_others_not():
 def test_too_few_folds_or_rows_are_refused(tmp_path, folds, rows):
     with pytest.raises(ValueError, match=f"folds={folds}: it must be from 2 to the number of rows, {rows}"):
         cross_fit_table(tmp_path, dataset=examples(rows), folds=folds)
+
+
+def test_labels_at_random_are_refused_before_a_fold_is_trained(tmp_path):
+    def masked(rows):
+        return {**default_data_collator(rows), "labels": torch.randint(3, (len(rows),))}
+
+    steps = Steps()
+    with pytest.raises(ValueError, match="data_collator=masked .* makes other labels of the same rows each time"):
+        cross_fit_table(tmp_path, data_collator=masked, callbacks=[steps], output_dir=tmp_path / "t")
+    assert not steps.steps and not list(tmp_path.iterdir())
 
 
 class Stop(TrainerCallback):
@@ -252,8 +269,10 @@ def test_an_example_that_will_be_scored_is_refused():
 def test_the_trainer_looks_after_it(tmp_path):
     """Folds that overlap end in an error at the first step, whatever mixed them."""
     dataset = examples()
+    scoring = Scoring(default_data_collator, None, 8, "classification", "example", 0.0, None, None, True, 0)
+    models = cross_fit._FoldModels(Linear, arguments(tmp_path), scoring, {})
     with pytest.raises(RuntimeError, match="were to train the model that scores them"):
-        cross_fit._train_fold(Linear, arguments(tmp_path), dataset, dataset.select(range(30)), tmp_path / "fold")
+        models.train(dataset, dataset.select(range(30)), tmp_path / "fold")
 
 
 def test_a_table_of_a_wrong_fold_is_refused():

@@ -8,11 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithFlattening,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from hf_efx.core.data.tables import settings_of, with_settings
 from hf_efx.core.data.text_data import TextCollator, byte_tokenizer
-from hf_efx.rho_loss import shards
+from hf_efx.rho_loss import irreducible
 from hf_efx.rho_loss.irreducible import compute_irreducible_losses
 from hf_efx.rho_loss.irreducible_table import IrreducibleLosses, load_irreducible_losses, save_irreducible_losses
 
@@ -133,7 +139,7 @@ def scored(monkeypatch):
     class Scored(list):
         fail_at: int | None = None
 
-    ids, finish = Scored(), shards._losses
+    ids, finish = Scored(), irreducible._losses
 
     def record(scores, drawn):
         if ids.fail_at in drawn:
@@ -141,7 +147,7 @@ def scored(monkeypatch):
         ids.extend(drawn.tolist())
         return finish(scores, drawn)
 
-    monkeypatch.setattr(shards, "_losses", record)
+    monkeypatch.setattr(irreducible, "_losses", record)
     return ids
 
 
@@ -175,16 +181,16 @@ KILLED = """
     import os, signal, sys
     sys.path.insert(0, sys.argv[1])
     import rho_loss.test_irreducible as tests
-    from hf_efx.rho_loss import shards
+    from hf_efx.rho_loss.irreducible_table import Shards
 
-    write = shards.Shards.write
+    write = Shards.write
 
     def kill_in_the_third(self, shard, *arrays):
         if shard == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, shard, *arrays)
 
-    shards.Shards.write = kill_in_the_third
+    Shards.write = kill_in_the_third
     tests.compute(output_dir=sys.argv[2])
 """
 
@@ -229,6 +235,81 @@ def test_a_loss_that_is_not_finite_names_the_example():
 def test_unusable_input_is_refused(dataset, options, message):
     with pytest.raises(ValueError, match=message):
         compute_irreducible_losses(bert(), dataset, data_collator=pad, **options)
+
+
+def several_labels(features):
+    batch = pad([{**feature, "label": 0} for feature in features])
+    return batch | {"labels": torch.tensor([feature["labels"] for feature in features])}
+
+
+def masked(features):
+    """Other labels each time, as DataCollatorForLanguageModeling makes them."""
+    batch = pad(features)
+    return batch | {"labels": torch.randint(2, (len(features),))}
+
+
+MULTI_LABEL = examples().remove_columns("label").add_column("labels", [[1.0, 0.0]] * ROWS)
+
+
+@pytest.mark.parametrize(
+    ("problem", "dataset", "collator", "message"),
+    [
+        ("multi_label_classification", MULTI_LABEL, several_labels, "task=None: several labels an example"),
+        (None, MULTI_LABEL, several_labels, r"labels of shape \[32, 2\]: several labels an example"),
+        (None, examples(), masked, "data_collator=masked .* makes other labels of the same rows each time"),
+        (None, examples(labels=False), DataCollatorWithFlattening(), "rows hold several examples each"),
+        (
+            None,
+            examples(labels=False),
+            DataCollatorWithFlattening(return_position_ids=False),
+            "made 1 rows of 32 examples: they can't be told apart",
+        ),
+    ],
+)
+def test_rows_that_can_not_be_scored_are_refused_before_any_work(tmp_path, problem, dataset, collator, message):
+    model = bert()
+    model.config.problem_type = problem
+    with pytest.raises(ValueError, match=message):
+        compute(model, dataset, data_collator=collator, output_dir=tmp_path / "t")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_another_loss_of_its_own_is_refused():
+    class Weighted(BertForSequenceClassification):
+        def forward(self, input_ids, attention_mask, labels=None):
+            outputs = super().forward(input_ids, attention_mask, labels=labels)
+            return {**outputs, "loss": 2 * outputs["loss"]} if "loss" in outputs else outputs
+
+    with pytest.raises(ValueError, match="Weighted computes a loss of .* for a batch whose mean classification loss"):
+        compute(Weighted(bert().config))
+
+
+class AlwaysLoss(torch.nn.Module):
+    """Its labels have a default, and it fails without them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, 2)
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        logits = (self.embedding(input_ids) * attention_mask[..., None]).sum(1)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class AlwaysTuple(AlwaysLoss):
+    def forward(self, input_ids, attention_mask, labels=None):
+        return tuple(super().forward(input_ids, attention_mask, labels).values())
+
+
+@pytest.mark.parametrize("cls", [AlwaysLoss, AlwaysTuple])
+def test_a_module_that_always_computes_its_loss_gives_a_table(cls):
+    torch.manual_seed(0)
+    model, dataset = cls(), examples()
+    found = compute(model, dataset, task="classification")
+    logits = torch.stack([model.embedding(torch.tensor(ids)).sum(0) for ids in dataset["input_ids"]])
+    losses = F.cross_entropy(logits, torch.tensor(dataset["label"][:]), reduction="none")
+    order = np.argsort(dataset["example_id"][:])
+    np.testing.assert_allclose(found["irreducible_loss"][:], losses.detach()[order], rtol=1e-5)
 
 
 def test_lookup_goes_by_id(table):

@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 
 from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.rho_loss.arguments import RHOLossArguments
-from hf_efx.rho_loss.irreducible import train_irreducible_model
+from hf_efx.rho_loss.side_models import train_irreducible_model
 from hf_efx.rho_loss.trainer import RHOLossTrainer
-from rho_loss.runs import Net, Plain, arguments, data, trainer
+from rho_loss.runs import Net, Plain, arguments, assert_same, data, trainer, weights
 from rho_loss.texts import Collator, gpt2, texts, tokenizer
 
 
@@ -52,7 +52,7 @@ def test_what_is_set_later_is_checked_at_the_start(name: str, value: Any, messag
 
 
 def test_a_preset_set_later_acts(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=1, selection="loss", selection_ratio=0.1)
+    run = trainer(tmp_path, max_steps=1, selection="loss", selection_ratio=RHOLossArguments.selection_ratio)
     run.args.preset = "fast"
     run.train()
     assert run.args.selection_ratio == 0.2 and len(run.ids[0]) == 4
@@ -179,6 +179,82 @@ def test_another_loss_than_the_scored_is_refused_before_the_first_step(
     assert run.state.global_step == 0
     own_loss(tmp_path, cls, loss, check_scored_loss=False).train()  # asked for
     own_loss(tmp_path, cls, loss, selection="uniform").train()  # reads no loss
+
+
+WEIGHTS = torch.tensor([0.5, 1.0, 2.0])
+
+
+def weighted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return F.cross_entropy(outputs["logits"], labels, weight=WEIGHTS)
+
+
+class Weighted(RHOLossTrainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        return weighted(model(x=inputs["x"]), inputs["labels"])
+
+
+class WeightedNet(Net):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        outputs = super().forward(x, labels)
+        return outputs if labels is None else {**outputs, "loss": weighted(outputs, labels)}
+
+
+def new_head(model: Any, scale: float = 0.0) -> Any:
+    """Of equal logits, or nearly: every example's loss is log 3, weighted by class or not."""
+    model.layers[-1].weight.data *= scale
+    model.layers[-1].bias.data.zero_()
+    return model
+
+
+def plain(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return F.cross_entropy(outputs["logits"], labels)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3])
+@pytest.mark.parametrize(
+    ("cls", "loss", "model", "name"),
+    [
+        (RHOLossTrainer, weighted, Net, "compute_loss_func"),
+        (Weighted, None, Net, "compute_loss of Weighted"),
+        (RHOLossTrainer, None, WeightedNet, "the model"),
+    ],
+)
+def test_class_weights_of_a_new_model_are_refused_before_the_first_step(
+    cls: Any, loss: Any, model: Any, name: str, scale: float, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, selection="loss")
+    run = cls(new_head(model(), scale), args, train_dataset=data(), compute_loss_func=loss)
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    with pytest.raises(ValueError, match=f"{name} trains on a loss of"):
+        run.train()
+    assert run.state.global_step == 0
+    assert all(torch.equal(one, other) for one, other in zip(before, run.model.parameters(), strict=True))
+
+
+def test_the_comparison_leaves_a_plain_loss_and_its_run_alone(tmp_path: Path) -> None:
+    """With dropout, batch norm and a new head; the run is the one without it, bit for bit."""
+    runs = []
+    for check in (True, False):
+        args = arguments(tmp_path, selection="loss", check_scored_loss=check)
+        run = RHOLossTrainer(new_head(Net()), args, train_dataset=data(), compute_loss_func=plain)
+        run.train()
+        runs.append(weights(run))
+    assert_same(*runs)
+
+
+def test_a_term_that_comes_later_is_refused_when_it_is_looked_at_again(tmp_path: Path) -> None:
+    calls = []
+
+    def late(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        calls.append(1)
+        return plain(outputs, labels) * (1 if len(calls) < 8 else 2)
+
+    run = RHOLossTrainer(
+        Net(), arguments(tmp_path, selection="loss", max_steps=20), train_dataset=data(), compute_loss_func=late
+    )
+    with pytest.raises(ValueError, match="compute_loss_func trains on a loss of"):
+        run.train()
+    assert run.state.global_step == 10
 
 
 def test_a_loss_of_ones_own_that_is_the_scored_one_trains(tmp_path: Path) -> None:

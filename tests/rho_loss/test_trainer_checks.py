@@ -51,6 +51,18 @@ def test_arguments_without_our_options(tmp_path: Path, cls: Any) -> None:
         RHOLossTrainer(Net(), arguments(tmp_path, cls), train_dataset=data())  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, of its tracing
+def test_compiled_models_are_refused_unless_their_columns_are_named(tmp_path: Path) -> None:
+    compiled: Any = torch.compile(gpt2(), backend="eager")
+    with pytest.raises(ValueError, match="model is a OptimizedModule, .*torch_compile=True"):
+        text_trainer(tmp_path, model=compiled)
+    named = {"remove_unused_columns": False, "label_names": ["labels"]}
+    runs = [text_trainer(tmp_path, max_steps=2), text_trainer(tmp_path, model=compiled, max_steps=2, **named)]
+    for run in runs:
+        run.train()
+    assert runs[0].ids == runs[1].ids
+
+
 def test_training_sets_without_right_ids(tmp_path: Path) -> None:
     rows = data()
     twice = rows["example_id"][:-1] + rows["example_id"][:1]

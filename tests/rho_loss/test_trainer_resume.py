@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rho_loss.runs import Net, Plain, assert_same, trainer, weights
+from hf_efx.rho_loss.selection import SELECTION_FUNCTIONS
+from rho_loss.runs import Net, Plain, assert_same, standard_table, trainer, weights
 
 STEPS = 11  # an epoch of 8 steps, which a cycle of 3 doesn't divide, and three more
 
@@ -37,7 +38,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_it_resumes_bit_for_bit(whole: tuple[str, Any], tmp_path: Path) -> None:
     kind, run = whole
-    for step in (1, 7, 8, 10):  # 8 ends the epoch
+    for step in (1, 2, 7, 8, 10):  # 8 ends the epoch
         resumed = make(tmp_path, kind, seed=1)  # other weights, which the checkpoint's replace
         resumed.train(str(Path(run.args.output_dir, f"checkpoint-{step}")))
         assert resumed.ids == {s: ids for s, ids in run.ids.items() if s >= step}
@@ -48,6 +49,20 @@ def test_it_resumes_bit_for_bit(whole: tuple[str, Any], tmp_path: Path) -> None:
         one, other = (json.loads(Path(r.args.output_dir, "selection_report.json").read_text()) for r in (run, resumed))
         timed = ("loading_seconds", "scoring_seconds", "scoring_time_share", "sums")
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+@pytest.mark.parametrize("options", [*({"selection": name} for name in SELECTION_FUNCTIONS), {"score_mode": "train"}])
+def test_every_selection_resumes_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    """Dropout samples of the step after a checkpoint too, in the middle of an epoch (10 steps)."""
+    losses = {"irreducible_losses": standard_table(), "max_steps": 5, "mc_samples": 3, **options}
+    run = trainer(tmp_path, save_strategy="steps", save_steps=3, **losses)
+    run.train()
+    resumed = trainer(tmp_path, Net(seed=1), **losses)
+    resumed.train(str(tmp_path / "checkpoint-3"))
+    assert resumed.ids == {step: run.ids[step] for step in (3, 4)}
+    for step in (3, 4):
+        torch.testing.assert_close(resumed.scores[step], run.scores[step], rtol=0, atol=0, equal_nan=True)
+    assert_same(weights(resumed), weights(run))
 
 
 def test_what_is_pending_stands_in_the_checkpoint(whole: tuple[str, Any]) -> None:

@@ -158,6 +158,38 @@ def test_flattened_batches_are_refused_before_the_first_step(tmp_path: Path) -> 
             compute_irreducible_losses(gpt2(), texts(), data_collator=run.data_collator, granularity=granularity)
 
 
+def test_flattened_batches_without_positions_are_refused_too(tmp_path: Path) -> None:
+    for options in ({"granularity": "example"}, {"granularity": "token"}, {"selection": "uniform"}):
+        run = text_trainer(tmp_path, cls=TokenTrainer, **{"selection": "loss", "max_steps": 1, **options})
+        run.data_collator = DataCollatorWithFlattening(return_position_ids=False)
+        with pytest.raises(ValueError, match="the data collator made 1 rows of . examples"):
+            run.train()
+        assert run.state.global_step == 0 and run.ids == {}
+
+
+@dataclass
+class MaskingCollator:
+    """Labels of other tokens each time, as DataCollatorForLanguageModeling makes them."""
+
+    inner: Any
+
+    def __call__(self, features: Any) -> Any:
+        batch = self.inner(features)
+        batch["labels"] = batch["labels"].where(torch.rand(batch["labels"].shape) < 0.5, -100)
+        return batch
+
+
+def test_masks_drawn_anew_are_refused_where_a_table_is_read(tmp_path: Path) -> None:
+    run = text_trainer(tmp_path, max_steps=1)
+    run.data_collator = MaskingCollator(run.data_collator)
+    with pytest.raises(ValueError, match="data_collator=MaskingCollator .* makes other labels of the same rows each"):
+        run.train()
+    assert run.state.global_step == 0
+    run = text_trainer(tmp_path, max_steps=1, selection="loss")  # scores the very batch that it trains on
+    run.data_collator = MaskingCollator(run.data_collator)
+    run.train()
+
+
 def test_random_tokens(tmp_path: Path) -> None:
     run = text_trainer(tmp_path, cls=TokenTrainer, granularity="token", selection="uniform", max_steps=2)
     run.train()

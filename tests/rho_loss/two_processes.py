@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_efx.rho_loss import shards
+from hf_efx.rho_loss import irreducible
 from hf_efx.rho_loss.irreducible_table import load_irreducible_losses
 from rho_loss.runs import Net, Plain, logs, trainer
 from rho_loss.test_irreducible import compute
@@ -80,20 +80,20 @@ def resumed(folder: Path, losses: Any) -> dict[str, Any]:
 
 def shared_table(folder: Path) -> dict[str, Any]:
     """A table that both processes make: its rows, how many this one scored, the refusal of a call without a folder."""
-    finish, scored = shards._losses, []
+    finish, scored = irreducible._losses, []
 
     def record(scores: Any, ids: Any) -> Any:
         scored.extend(ids)
         return finish(scores, ids)
 
-    shards._losses = record
+    irreducible._losses = record
     try:
         compute()
         refusal = ""
     except ValueError as error:
         refusal = str(error)
     table = compute(output_dir=folder)
-    shards._losses = finish
+    irreducible._losses = finish
     return {"rows": len(table), "scored": len(scored), "refusal": refusal}
 
 

@@ -209,6 +209,8 @@ PRUNE_REFUSED = {
     "fractions": (["--fractions", "1.0"], r"fractions=\[1.0\]: expected fractions from 0 to below 1"),
     "shrunk weights": (["--fraction", "0.5", "--shrink"], "pass --granularity unit"),
     "no module": (["--target_modules", "q_proj"], r"target_modules=\['q_proj'\].*matches no module"),
+    "optimizer": (["--optim", "adamw_8bit"], "--optim acts in training alone, and this program trains nothing"),
+    "length": (["--max_steps", "3"], "--max_steps acts in training alone"),
     "rounds": (["--timed_rounds", "0"], "timed_rounds=0: expected 1 or more"),
 }
 

@@ -17,7 +17,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from hf_efx.core.files import write_atomically
 from hf_efx.core.results.card import TEMPLATES, markdown_table, settings_table
 from hf_efx.core.results.evidence import versions
-from hf_efx.core.results.plots import matplotlib_pyplot
+from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,7 @@ def plot_histogram(figures: Mapping[str, Any], path: Path, xlabel: str) -> None:
     axes.stairs(figures["counts"], figures["edges"], fill=True)
     axes.set(xlabel=xlabel, ylabel="examples", yscale="log" if figures["count"] else "linear")
     drawing.tight_layout()
-    drawing.savefig(path, dpi=120)
-    pyplot.close(drawing)
+    save_figure(drawing, path)
 
 
 def _values(dataset: Dataset, column: str) -> Iterator[np.ndarray]:

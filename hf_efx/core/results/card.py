@@ -45,6 +45,19 @@ class MethodRow(Protocol):
     def citation(self) -> str: ...
 
 
+def eval_results(figures: Mapping[str, float], **data: Any) -> list[EvalResult]:
+    """Figures as results for a card, each under its own name as the metric's type.
+
+    Args:
+        figures: By name.
+        **data: The other fields of `EvalResult`: task, data set and what is known of it.
+    """
+    return [
+        EvalResult(metric_type=name, metric_name=name.replace("_", " "), metric_value=value, **data)
+        for name, value in figures.items()
+    ]
+
+
 def write_model_card(
     directory: str | os.PathLike[str],
     *,

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Self
 
 from huggingface_hub import EvalResult
 
-from hf_efx.core.results.plots import png_axes
+from hf_efx.core.results.card import eval_results
+from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 from hf_efx.core.results.statistics import Interval
 
 
@@ -112,18 +113,8 @@ class FractionCurve:
             dataset_name: The data's name for people.
             **more: Other fields of `huggingface_hub.EvalResult`, such as `dataset_split`.
         """
-        return [
-            EvalResult(
-                task_type=task_type,
-                dataset_type=dataset_type,
-                dataset_name=dataset_name,
-                metric_type=name,
-                metric_name=name.replace("_", " "),
-                metric_value=value,
-                **more,
-            )
-            for name, value in self.figures().items()
-        ]
+        data = {"task_type": task_type, "dataset_type": dataset_type, "dataset_name": dataset_name}
+        return eval_results(self.figures(), **{**data, **more})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; a value that isn't finite is written as text."""
@@ -207,19 +198,18 @@ def plot_curves(curves: Mapping[str, FractionCurve], path: str | os.PathLike[str
     kinds = {(type(curve), curve.metric) for curve in curves.values()}
     if len(kinds) != 1:
         raise ValueError(f"plot_curves: curves={list(curves)}: expected curves of one kind and one metric.")
-    path = Path(path)
-    with png_axes(path) as axes:
-        for name, curve in curves.items():
-            (line,) = axes.plot(curve.fractions, curve.values, marker="o", markersize=3, label=name)
-            if curve.intervals:
-                low, high = zip(*curve.intervals, strict=True)
-                axes.fill_between(curve.fractions, low, high, alpha=0.15, color=line.get_color())
-        one = next(iter(curves.values()))
-        axes.set(xlabel=one.axis, ylabel=f"{one.metric} ({'higher' if one.higher_is_better else 'lower'} is better)")
-        axes.grid(alpha=0.3)
-        if len(curves) > 1:
-            axes.legend()
-    return path
+    figure, axes = matplotlib_pyplot().subplots(figsize=(5, 4), layout="constrained")
+    for name, curve in curves.items():
+        (line,) = axes.plot(curve.fractions, curve.values, marker="o", markersize=3, label=name)
+        if curve.intervals:
+            low, high = zip(*curve.intervals, strict=True)
+            axes.fill_between(curve.fractions, low, high, alpha=0.15, color=line.get_color())
+    one = next(iter(curves.values()))
+    axes.set(xlabel=one.axis, ylabel=f"{one.metric} ({'higher' if one.higher_is_better else 'lower'} is better)")
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend()
+    return save_figure(figure, path)
 
 
 def as_figure(result: float | Mapping[str, float] | Any, metric: str) -> float:

@@ -2,8 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hf_efx.core.files import whole_file
@@ -25,18 +24,21 @@ def matplotlib_pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
-@contextmanager
-def png_axes(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Axes to draw on, which are a PNG at the end; it is there whole or not at all.
+def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int = 120) -> Path:
+    """Writes a figure of pyplot's into a picture, whole or not at all, and closes it.
 
-    Raises:
-        ImportError: If matplotlib isn't installed; it names the extra that installs it.
+    Args:
+        figure: It stays as it is, and can be shown or written again.
+        path: Its suffix says which format, PNG without one. Missing folders are made.
+        dpi: Pixels an inch.
+
+    Returns:
+        The path.
     """
-    plt = matplotlib_pyplot()
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    path = Path(path)
     try:
-        yield axes
         with whole_file(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
+            figure.savefig(temporary, dpi=dpi, format=path.suffix[1:] or "png")
     finally:
-        plt.close(figure)
+        matplotlib_pyplot().close(figure)
+    return path

@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.batches import batch_size as rows_of
 from hf_efx.core.scoring.batches import sequence_names, take_columns, take_rows, trim_padding
-from hf_efx.core.scoring.forward import Forward, aligned, check_own_loss
+from hf_efx.core.scoring.forward import Forward, aligned, compare_own_loss
 from hf_efx.core.scoring.losses import IGNORE_INDEX, Task, aligned_labels, check_inputs, per_example_loss
 from hf_efx.core.scoring.scoring_state import base_model, scoring_state
 
@@ -143,8 +143,8 @@ class Scorer:
 
     Attributes:
         quantities: Any of `QUANTITIES`.
-        task: As in `per_example_loss`; None reads it off the model (`infer_task`), and compares the mean of the first
-            batch's losses with the model's own.
+        task: As in `per_example_loss`; None reads it off the model (`infer_task`). The mean of the first batch's
+            losses is compared with the model's own: another one is refused, or logged where the task was named.
         granularity: `"example"`, or `"token"` for the sequence tasks.
         label_smoothing: As in `per_example_loss`.
         mode: `"eval"`, or `"train"` for dropout and batch statistics as in a training step.
@@ -211,10 +211,8 @@ class Scorer:
         rows_of(batch)
         rows, shift = aligned(model, batch, task)
         call = Forward(model, task)
-        if self.task is None and model not in self._checked:
-            if self.label_smoothing:
-                _check_smoothing(model, task, self.label_smoothing)
-            check_own_loss(call, rows, self.batch_size)
+        if model not in self._checked:
+            compare_own_loss(call, rows, self.batch_size, self.label_smoothing, named=self.task is not None)
             self._checked.add(model)
         results: dict[str, torch.Tensor] = {}
         once = [name for name in self.quantities if name in _ONE_PASS]
@@ -299,17 +297,6 @@ class Scorer:
                     0, order.to(results[name].device), results[name]
                 )
         return results
-
-
-def _check_smoothing(model: nn.Module, task: Task, label_smoothing: float) -> None:
-    """Refuses classes of which transformers' Trainer moves the labels otherwise when it smooths them."""
-    name = type(base_model(model)).__name__
-    moves = name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if moves != (task == "causal"):
-        raise ValueError(
-            f"label_smoothing={label_smoothing}: transformers' Trainer then {'moves' if moves else 'leaves'} the "
-            f"labels of a {name}, whose own loss {'leaves' if moves else 'moves'} them. Set label_smoothing_factor=0"
-        )
 
 
 def measure(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import hf_efx
 from hf_efx.core.results.curves import (
     FractionCurve,
     PruningCurve,
@@ -14,6 +15,7 @@ from hf_efx.core.results.curves import (
     check_fractions,
     plot_curves,
 )
+from hf_efx.core.results.plots import matplotlib_pyplot, save_figure
 
 CURVE = PruningCurve(((0.5, 0.8), (0.0, 1.0), (1.0, 0.2)), "accuracy", True, {"granularity": "weight"})
 
@@ -96,3 +98,22 @@ def test_fractions_to_prune() -> None:
     for wrong in ([], [0.5, 1.0], [-0.1], [math.nan]):
         with pytest.raises(ValueError, match=r"fractions=\[.*expected fractions from 0 to below 1"):
             check_fractions(wrong)
+
+
+def test_every_picture_is_written_by_the_one_function():
+    """Which leaves a whole picture or none."""
+    root = Path(hf_efx.__file__).parents[1]
+    files = [*root.glob("hf_efx/**/*.py"), *root.glob("scripts/**/*.py")]
+    assert [file.name for file in files if ".savefig(" in file.read_text()] == ["plots.py"]
+
+
+def test_a_picture_that_fails_leaves_what_was_there(tmp_path):
+    plt = matplotlib_pyplot()
+    path = save_figure(plt.figure(), tmp_path / "new" / "one.png")
+    before = path.read_bytes()
+    figure = plt.figure()
+    figure.savefig = lambda *args, **kwargs: Path(args[0]).write_bytes(b"half") and 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        save_figure(figure, path)
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["one.png"]
+    assert not plt.get_fignums()

@@ -109,14 +109,18 @@ def test_unshifted_decoders_are_all_there():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_loss_with_other_terms_is_refused(dtype):
+def test_a_loss_with_other_terms_is_refused_and_a_named_task_says_so(dtype, caplog):
     model, batch = tiny_model("CAUSAL_LM", "MixtralForCausalLM", "mixtral", output_router_logits=True), tiny_batch("")
     model.to(dtype)
     with pytest.raises(ValueError, match=r"MixtralForCausalLM computes a loss .*output_router_logits=False.*task='ca"):
         Scorer()(model, batch)
     assert Scorer(task="causal")(model, batch)["loss"].shape == (3,)  # asked for by name
+    assert "task='causal' was named, and the plain loss is scored: MixtralForCausalLM computes a loss" in caplog.text
+    caplog.clear()
     model.config.output_router_logits = False
-    assert Scorer()(model, batch)["loss"].shape == (3,)
+    for task in (None, "causal"):
+        assert Scorer(task=task)(model, batch)["loss"].shape == (3,)
+    assert not caplog.text
 
 
 class Doubled(transformers.LlamaForCausalLM):
@@ -139,6 +143,7 @@ def test_a_loss_of_ones_own_is_not_taken_for_the_heads(cls, message):
     model = cls(tiny_model("CAUSAL_LM", "LlamaForCausalLM", "llama").config).eval()
     with pytest.raises(ValueError, match=message):
         Scorer()(model, tiny_batch(""))
+    Scorer(task="causal")(model, tiny_batch(""))
 
 
 def test_smoothing_as_the_trainer_does_it_or_not_at_all():
