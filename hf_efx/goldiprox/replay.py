@@ -111,6 +111,12 @@ class ReplayMixin(EfxTrainerMixin, _Base):
                 f"train_sampling_strategy={args.train_sampling_strategy!r} would change the order, which is the "
                 f"sequence's in a replay: leave it at its default."
             )
+        own = type(self).__mro__[: type(self).__mro__.index(ReplayMixin)]
+        if any("_get_train_sampler" in vars(cls) for cls in own):
+            raise ValueError(
+                f"_get_train_sampler of {type(self).__name__} isn't asked in a replay, whose order is the sequence's: "
+                f"leave it out, or select a sequence in its order."
+            )
         if getattr(args, "packing", False):  # trl's
             raise ValueError(
                 "packing=True puts several examples into one row, which then has no id: set packing=False."
@@ -155,16 +161,23 @@ class ReplayMixin(EfxTrainerMixin, _Base):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._check_options()
+        self._loads_sequence = False
         return super()._inner_training_loop(*args, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
         """As the Trainer's, with the sequence as the one epoch."""
+        if not self._loads_sequence:
+            raise ValueError(
+                f"get_train_dataloader of {type(self).__name__} doesn't call super().get_train_dataloader, which "
+                f"loads the sequence's examples: call it, or train with another Trainer."
+            )
         args = copy.copy(args)  # the user's own may serve another sequence
         args.max_steps = self._replayed_steps(args)
         return super().set_initial_training_values(args, dataloader)
 
     def get_train_dataloader(self) -> DataLoader:
         """The data loader that gives the sequence's steps; as the Trainer's in all else."""
+        self._loads_sequence = True
         args: Any = self.args
         rows: Any = self._remove_unused_columns(self.train_dataset, description="training")  # pyright: ignore
         rows = rows.remove_columns(ID_COLUMN) if ID_COLUMN in rows.column_names else rows
