@@ -274,7 +274,7 @@ def test_arguments_changed_later_act_as_if_made_with(
 def eight_rows() -> dict[str, torch.Tensor]:
     """A batch."""
     rows = data().select(range(8)).with_format("torch")
-    return {name: rows[name][:] for name in ("input_ids", "labels")}
+    return {name: rows[name][:] for name in ("input_ids", "labels")}  # pyright: ignore[reportReturnType]
 
 
 @every_case
