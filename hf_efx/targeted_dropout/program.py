@@ -36,6 +36,7 @@ from hf_efx.core.results.curves import PruningCurve, check_fractions, plot_curve
 from hf_efx.core.results.evidence import print_results, summary_table, write_results
 from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.core.training.trainer import EfxTrainer
+from hf_efx.programs.command_line import was_given
 from hf_efx.programs.frame import not_the_input, run_program
 from hf_efx.programs.task_data import load_task
 from hf_efx.programs.task_report import RESULTS, Report, card_names, evaluated_on, own_fields, report_runs
@@ -90,6 +91,9 @@ class ProgramOptions(CompareOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for run, name in (("l1", "compare_l1"), ("dropout", "compare_rate")):
+            if run not in self.compare and was_given(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} goes with --compare {run}.")
         self.fractions = list(check_fractions(self.fractions))
 
 
