@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "lora": (
         lambda: peft.get_peft_model(linears(), peft.LoraConfig(target_modules=["second"])),
         NAMED,
-        r"already carries a peft adapter. Put hf_efx on first",
+        r"already carries a peft adapter: put hf_efx on first",
     ),
     "lora inside": (
         lambda: peft.get_peft_model(linears(), peft.LoraConfig(target_modules=["second"])).base_model.model,
