@@ -305,8 +305,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         self.optimizer, self._future_layers = None, layers  # pyright: ignore[reportAttributeAccessIssue]
         try:
             self.create_optimizer()
-            assert self.optimizer is not None
-            return self.optimizer
+            return self.optimizer  # pyright: ignore[reportReturnType]
         finally:
             self.optimizer, self._future_layers = kept, ()
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_efx.core.model.pretrained import weights_were_loaded
 from hf_efx.core.model.record import (
@@ -119,6 +120,7 @@ def _plan_all(
         for name in plan:
             refuse_offloaded(name, model.get_submodule(name))
         _refuse_pruned(model, config, plan)
+        _refuse_tied(model, config, plan)
         taken.update(dict.fromkeys(plan, config.method))
         plans.append((config, plan))
     return plans
@@ -162,6 +164,20 @@ def _refuse_pruned(model: nn.Module, config: "EfxMethodConfig", plan: dict[str, 
         raise ValueError(
             f"{type(config).__name__}: module {pruned[0]!r} is pruned (config.efx), and its zeros would be filled. "
             f"Leave it out with exclude_modules, or give the zeros up with prune(model, 0)."
+        )
+
+
+def _refuse_tied(model: nn.Module, config: "EfxMethodConfig", plan: dict[str, Any]) -> None:
+    """Raises where transformers would tie what a method has replaced: tie_weights, which loading calls, too."""
+    if not config.changes_skeleton or not isinstance(model, PreTrainedModel):
+        return
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    names = {key.rpartition(".")[0] for pair in tied.items() for key in pair}
+    if found := [name for name in plan if name in names]:
+        raise ValueError(
+            f"{type(config).__name__}: module {found[0]!r} has a weight of its own, but the model's config ties it "
+            f"(tie_word_embeddings), and tie_weights() or loading would undo the factors. Set "
+            f"model.config.tie_word_embeddings=False first, or leave it out with exclude_modules."
         )
 
 

@@ -62,7 +62,7 @@ class EfxConfig(QuantizationConfigMixin):
                 )
 
     @property
-    def peft_type(self) -> Any:
+    def base_model_name_or_path(self) -> Any:
         """What peft.get_peft_model asks a config for first.
 
         Raises:

@@ -64,7 +64,7 @@ def weight_owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _is_parametrised(module: nn.Module) -> bool:
-    """Whether a layer's weight is computed at each pass: by torch's parametrizations, or by pruning and older norms."""
+    """Whether a layer's weight is computed: by torch's parametrizations, or by pruning and older norms."""
     if is_parametrized(module):
         return issubclass(type(module), DENSE_TYPES)
     return type(module) in DENSE_TYPES and "weight" not in module._parameters
