@@ -148,6 +148,8 @@ class SliceOutConfig(EfxMethodConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: expected a whole number of {least} or more.")
+        if "attention" not in self.targets:
+            self.refuse_inert(("attention",), f"at targets={self.targets!r}: add 'attention' to them")
         if self.blocks is not None:
             self.blocks = [block_entry(entry) for entry in self.blocks]
 
@@ -238,6 +240,7 @@ class SliceOutConfig(EfxMethodConfig):
                 f"SliceOutConfig: hf_efx knows no blocks of {type(model).__name__}. Name them, for example "
                 f"SliceOutConfig(blocks=[Block('mlp', emits=['fc1'], reads=['fc2'])]), names relative to any module."
             )
+        self._check_kinds({block.block.kind for block in found}, type(model).__name__)
         patterns = {block.name: get_pattern_key(list(self.rate_pattern), block.name) for block in found}
         for pattern in self.rate_pattern:
             if pattern not in patterns.values():
@@ -259,6 +262,16 @@ class SliceOutConfig(EfxMethodConfig):
                 f"their first modules, among others: {', '.join(sorted(rates)[:6])}."
             )
         return found, rates
+
+    def _check_kinds(self, there: set[str], model: str) -> None:
+        """Refuses settings for a kind of block that the model lacks."""
+        only = f"on {model}, whose blocks are of the kinds {sorted(there)}: take out what it lacks"
+        if set(self.targets) - there and there & set(self.targets):
+            self.refuse_inert(("targets",), only)
+        if isinstance(self.rate, dict) and (lacking := sorted(set(self.rate) - there)):
+            raise ValueError(f"rate={self.rate!r}: {lacking[0]!r} has no effect {only}.")
+        if "attention" not in there:
+            self.refuse_inert(("attention",), only)
 
     def describe(self, plan: dict[str, dict[str, Any]]) -> dict[str, str]:
         """See `EfxMethodConfig.describe`."""

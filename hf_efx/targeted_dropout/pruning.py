@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_efx.core.model.block_map import Block
 from hf_efx.core.model.record import mark_pruned, pruned_modules
-from hf_efx.core.model.targets import warn_of_experts
+from hf_efx.core.model.targets import warn_of_skipped
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
 from hf_efx.targeted_dropout.plan import PruningPlan, PruningReport
 
@@ -75,7 +75,7 @@ def prune(
         return plan.report(0.0)
     changes = plan.changes(fraction)
     if target_modules is None and (config is None or config.target_modules in (None, "all-linear")):
-        warn_of_experts(plan.model)
+        warn_of_skipped(plan.model)
     with torch.no_grad():
         for change in changes:
             for tensor, mask in change.zeros:

@@ -61,6 +61,18 @@ class EfxConfig(QuantizationConfigMixin):
                     f"other peft configs go on top, with peft.get_peft_model."
                 )
 
+    @property
+    def base_model_name_or_path(self) -> Any:
+        """What peft.get_peft_model asks a config for first.
+
+        Raises:
+            ValueError: Always: this is no adapter of peft.
+        """
+        raise ValueError(
+            "peft.get_peft_model takes no EfxConfig: call hf_efx.get_efx_model(model, EfxConfig([...])), or pass a "
+            "single LowRankConfig to train it as an adapter of peft."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form for `config.quantization_config`: the methods themselves stand in `config.efx`."""
         return {"quant_method": QUANT_METHOD}
@@ -180,6 +192,23 @@ def refuse_foreign_methods(model: nn.Module) -> None:
             f"config.efx says that {type(model).__name__} was made by {foreign[0]['method']}, but its layers are "
             f"dense: its config is another model's, and what is saved couldn't be loaded. Call "
             f"hf_efx.get_efx_model(model) to put the method on, or hf_efx.unload(model) to drop the entry."
+        )
+
+
+def refuse_foreign(model: nn.Module, adapter: str) -> None:
+    """Raises ValueError for a model with an adapter of peft on it, or one whose weights are quantised.
+
+    Args:
+        model: The model.
+        adapter: The way out of the first.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"{type(model).__name__} already carries a peft adapter: {adapter}")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD:
+        raise ValueError(
+            f"The model is quantised ({quantizer.quantization_config.quant_method}): its weights are packed integers. "
+            f"Load it without quantization_config, and quantise at the end."
         )
 
 
