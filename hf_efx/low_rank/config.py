@@ -26,6 +26,9 @@ from hf_efx.low_rank.ranks import (
 
 logger = logging.getLogger(__name__)
 
+# peft adds these names to modules_to_save by the task, whether a model has them or not.
+_PEFT_HEADS = ("classifier", "score", "qa_outputs")
+
 
 @dataclass
 class LowRankConfig(EfxMethodConfig):
@@ -164,7 +167,8 @@ class LowRankConfig(EfxMethodConfig):
             self.check_pretrained()
         names = [name for name, _ in model.named_modules()]
         for entry in self.modules_to_save or ():
-            if not any(f".{name}".endswith(f".{entry}") for name in names):
+            added = self.task_type is not None and entry in _PEFT_HEADS
+            if not added and not any(f".{name}".endswith(f".{entry}") for name in names):
                 raise ValueError(f"modules_to_save={self.modules_to_save!r}: {entry!r} matches no module.")
         views = _views(model, targets)
         if self.init != "he" or self.rank == "auto":

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_efx.core.model.block_map import Block
-from hf_efx.core.model.record import mark_pruned, pruned_modules
+from hf_efx.core.model.record import check_pruned, mark_pruned
 from hf_efx.core.model.targets import warn_of_skipped
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
 from hf_efx.targeted_dropout.plan import PruningPlan, PruningReport
@@ -80,7 +80,7 @@ def prune(
         for change in changes:
             for tensor, mask in change.zeros:
                 tensor.masked_fill_(mask, 0)
-    flags = pruned_modules(plan.model)
+    flags = check_pruned(plan.model)
     for change in changes:
         flags[change.name] = {**flags.get(change.name, {}), **change.flag}
     mark_pruned(plan.model, flags)

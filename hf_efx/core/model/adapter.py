@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_efx.core.model.pretrained import weights_were_loaded
 from hf_efx.core.model.record import (
     EfxConfig,
+    check_pruned,
     check_record,
     efx_record,
     entry_config,
@@ -70,7 +71,10 @@ def get_efx_model(
         record = efx_record(inner)
         if record is None:
             raise ValueError("get_efx_model(model) without configs restores what config.efx names, but there is none.")
-        restore_efx_model(model, record, initialise=True)
+        check_record(record)
+        check_pruned(inner)
+        if record := efx_record(inner):  # else it said nothing but of zeros that are gone
+            restore_efx_model(model, record, initialise=True)
         return model
     methods = (configs if isinstance(configs, EfxConfig) else EfxConfig(configs)).methods
     if not methods:
@@ -86,6 +90,7 @@ def get_efx_model(
     if any(config.target_modules in (None, "all-linear") for config in methods):
         warn_of_skipped(inner)
     plans, kept = _plan_all(inner, methods, pretrained), recorded_methods(inner)
+    check_pruned(inner)
     for config, plan in plans:
         config.apply(inner, plan)
     new = [{"method": c.method, "config": c.method_fields(), "modules": plan} for c, plan in plans]

@@ -140,7 +140,28 @@ def match_targets(
     found = {n: layers[n] for n in names if n in layers and _changeable(model, config, n, layers[n], owners)}
     if not found:
         raise ValueError(_nothing_matches(model, config))
+    check_entries(config, found, "in the layers to transform, or left to them by modules_to_save")
     return found
+
+
+def check_entries(config: Any, chosen: Iterable[str], which: str) -> None:
+    """Refuses an entry of target_modules that stands for none of the chosen modules, unless it is excluded by name.
+
+    Args:
+        config: A method's config.
+        chosen: Names of those modules.
+        which: What such a module must be.
+
+    Raises:
+        ValueError: The entry.
+    """
+    names, entries = list(chosen), config.target_modules
+    for entry in entries if isinstance(entries, list) else ():
+        if not _under(entry, names) and entry not in (config.exclude_modules or ()):
+            raise ValueError(
+                f"{type(config).__name__}: target_modules={entries!r}: no module called {entry!r} is {which}, so it "
+                f"would have no effect. Take it out, or choose others there."
+            )
 
 
 def chooses(config: PeftConfig, name: str) -> bool:
@@ -193,7 +214,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def check_names(model: nn.Module, config: Any) -> None:
-    """Refuses names in target_modules, exclude_modules and layers_to_transform that match nothing in the model.
+    """Refuses names in target_modules and the three fields beside it that match nothing in the model.
 
     Beside others that match they would be settings that silently aren't there.
 
@@ -221,6 +242,13 @@ def check_names(model: nn.Module, config: Any) -> None:
         for entry in value:
             if not _under(entry, layers):
                 raise ValueError(f"{who}: {field}={value!r}: {_no_layer(model, entry, layers)}")
+    patterns = config.layers_pattern or ()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not any(re.search(rf"(^|\.){pattern}\.\d+\.", name) for name in layers):
+            raise ValueError(
+                f"{who}: layers_pattern={config.layers_pattern!r}: {type(model).__name__} has no list of layers that "
+                f"is called {pattern!r}, such as 'h' in {layers[0]!r}."
+            )
     indices = config.layers_to_transform
     for index in [indices] if isinstance(indices, int) else indices or ():
         if not any(str(index) in name.split(".") for name in layers):

@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import CONFIG_NAME
 
 from hf_efx.core.model.adapter import efx_record, hold_pruned, restore_efx_model
-from hf_efx.core.model.record import config_class, entry_config, recorded_methods, refuse_foreign_methods
+from hf_efx.core.model.record import check_pruned, config_class, entry_config, recorded_methods, refuse_foreign_methods
 from hf_efx.core.results.card import write_model_card
 from hf_efx.core.training.arguments import EfxArgumentsMixin
 from hf_efx.core.training.checkpoints import explain_incomplete, explained_write_errors, last_complete_checkpoint
@@ -132,7 +132,9 @@ class EfxTrainerMixin(_Base):
         return model
 
     def _hold_pruned(self, model: nn.Module) -> None:
-        """Keeps a pruned model pruned, as `config.efx` says."""
+        """Keeps a pruned model pruned, as `config.efx` says; a checkpoint's flag comes before its weights."""
+        if self._resume_from is None:
+            check_pruned(model)
         if "pruned" in (efx_record(model) or {}) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "The model is pruned (config.efx), but FSDP and DeepSpeed flatten or shard its weights, so that their "

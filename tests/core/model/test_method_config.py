@@ -79,6 +79,14 @@ NAMES: dict[str, tuple[dict[str, Any], str]] = {
         {"target_modules": ["c_fc.weight"]},
         r"'c_fc.weight' is a parameter of shape \(32, 128\), not a mod",
     ),
+    "of another layer": (
+        {"target_modules": ["h.0.attn.c_proj", "mlp.c_fc"], "layers_to_transform": [1]},
+        r"no module called 'h.0.attn.c_proj' is in",
+    ),
+    "list of layers": (
+        {"layers_to_transform": [1], "layers_pattern": "layer"},
+        r"no list of layers .* called 'layer'",
+    ),
     "one of two layers": ({"layers_to_transform": [1, 7]}, r"layers_to_transform=\[1, 7\]: 7 matches no module"),
 }
 
