@@ -117,6 +117,7 @@ def measured() -> dict[str, Any]:
     return {"model": model(), "callbacks": [PrunabilityCallback(data().select(range(8)))]}
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 CASES = {
     "low_rank": Case(**LOW_RANK, parts=low_rank),
     "low_rank, dense first": Case(**LOW_RANK, parts=low_rank, options={"dense_warmup_steps": 1}),
@@ -130,9 +131,11 @@ CASES = {
         "goldiprox",
         ReplayTrainer,
         lambda: {"model": model(), "sequence": sequence(draw(6, ROWS))},
-        refuses={"loader": "get_train_dataloader of Own doesn't call super", "sampler": "_get_train_sampler of Own"},
+        refuses={"loader": "get_train_dataloader of Own gives another loader", "sampler": "_get_train_sampler of Own"},
     ),
-    "prunability": Case("prunability", EfxTrainer, measured, options={"eval_strategy": "steps", "eval_steps": 2}),
+    "prunability": Case(
+        "prunability", EfxTrainer, measured, options=EVALUATED, refuses={"loss function": "the model"}
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

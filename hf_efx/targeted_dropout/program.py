@@ -155,10 +155,13 @@ def _compared(name: str, config: TargetedDropoutConfig, program: ProgramOptions)
     """What a compared run trains with; None for nothing."""
     if name == "none":
         return None
-    changed: dict[str, Any] = {"selection": "random", "rate": program.compare_rate, "l1": 0.0}
+    plain = TargetedDropoutConfig()  # what says how weights are targeted is left at its default
+    changed: dict[str, Any] = {key: getattr(plain, key) for key in ("targeting", "refresh_every", "selection")}
     if name == "l1":
-        changed = {"rate": 0.0, "l1": program.compare_l1}
-    return dataclasses.replace(config, ramp="none", ramp_steps=None, **changed)
+        changed |= {"rate": 0.0, "l1": program.compare_l1}
+    else:
+        changed |= {"rate": program.compare_rate, "l1": 0.0, "selection": "random"}
+    return dataclasses.replace(config, ramp=plain.ramp, ramp_steps=None, **changed)
 
 
 def _pruned(

@@ -79,7 +79,7 @@ def test_file_values_mean_what_they_mean_on_the_command_line(read):
         (["--layers_to_transform", "0", "2"], "layers_to_transform", [0, 2]),
         (["--factor_activation", "silu"], "factor_activation", "silu"),
         (["--factor_activation", "none"], "factor_activation", None),
-        (["--spectral_ones_scale", "rms"], "spectral_ones_scale", "rms"),
+        (["--init", "spectral_ones", "--spectral_ones_scale", "rms"], "spectral_ones_scale", "rms"),
     ],
 )
 def test_config_options(read, words, name, value):
