@@ -176,6 +176,7 @@ def _skeleton(options: Any, weights: bool) -> Any:
 
     name = options.model_name_or_path
     config = checkpoint_config(name) if name else scratch_config(options.model_type, options.config_overrides)
+    options.check()
     if getattr(config, "efx", None):
         raise ValueError(f"{name!r} carries methods already (config.efx): load it, and its report tells what it has.")
     if weights and not name:

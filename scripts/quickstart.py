@@ -65,11 +65,9 @@ def main() -> None:
     length.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps of each run (default: {STEPS})")
     length.add_argument("--seconds", type=float, help="choose the steps so that the dense run takes about this long")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="only load a finished job's model and check it")
+    parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)  # with --check: for a line first
     options = parser.parse_args()
-    if options.check:
-        check(options.check)
-    else:
-        job(options)
+    check(options.check, options.wait) if options.check else job(options)
 
 
 def job(options: argparse.Namespace) -> None:
@@ -78,7 +76,11 @@ def job(options: argparse.Namespace) -> None:
     print("Loading torch, transformers and the text ...", flush=True)
     queue = multiprocessing.get_context("spawn").Queue()
     with tempfile.TemporaryDirectory() as kept, worker_pool(min(options.workers, len(RUNS)), queue) as pool:
-        corpus = load_quietly(options.dataset, options.text_column, options.vocab_size)
+        from hf_efx.programs.causal_lm import DataOptions, load_corpus
+
+        become_worker(None)
+        data = {"block_size": BLOCK, "vocab_size": options.vocab_size}
+        corpus = load_corpus(DataOptions(options.dataset, options.text_column, **data))
         print(
             f"{corpus.name}: {len(corpus.train) * BLOCK:,} tokens to train on, {len(corpus.validation) * BLOCK:,} "
             f"held out ({corpus.bytes_per_token:.1f} bytes a token).\n"
@@ -86,9 +88,16 @@ def job(options: argparse.Namespace) -> None:
             flush=True,
         )
         steps = options.steps if options.seconds is None else steps_in(options.seconds, corpus, options.seed)
-        rows, logs = train_all(pool, queue, corpus, steps, options.seed, Path(kept))
+        command = [sys.executable, __file__, "--check", str(options.output_dir), "--wait"]
+
+        def get_ready() -> tuple[Any, dict[str, Any]]:
+            """What comes after training, on a core that is free: a new process imports, other runs are made."""
+            checking = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+            return checking, {name: step_of(name, corpus, options.seed) for name in RUNS}
+
+        rows, logs, (checking, step) = train_all(pool, queue, corpus, steps, options, Path(kept), get_ready)
         pool.shutdown()
-        for name, seconds in step_seconds(corpus, options.seed).items():
+        for name, seconds in step_seconds(step).items():
             rows[name]["step_seconds"] = seconds
         show(rows)
         best = min((name for name in RUNS if name != "dense"), key=lambda name: rows[name]["eval_perplexity"])
@@ -97,7 +106,9 @@ def job(options: argparse.Namespace) -> None:
     save(folder, best, corpus, rows, logs, steps, options.seed)
     print(f"\nThe best low-rank model ({best}), its card, {PLOT} and {RESULTS} are in {folder}.")
     print("A new process: import hf_efx, then AutoModelForCausalLM.from_pretrained ...", flush=True)
-    subprocess.run([sys.executable, __file__, "--check", str(folder)], check=True)
+    checking.communicate("go on\n")
+    if checking.returncode:
+        sys.exit(checking.returncode)
     print(f"\nDone in {time.perf_counter() - start:.0f} s{peak_memory()}.")
 
 
@@ -131,14 +142,6 @@ def become_worker(queue: Any) -> None:
     PROGRESS = queue
 
 
-def load_quietly(dataset: str | None, text_column: str, vocab_size: int) -> Any:
-    """The text as a corpus of blocks."""
-    from hf_efx.programs.causal_lm import DataOptions, load_corpus
-
-    become_worker(None)
-    return load_corpus(DataOptions(dataset, text_column, block_size=BLOCK, vocab_size=vocab_size))
-
-
 def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = (), model: Any = None) -> Any:
     """A trainer for one of `RUNS`; all start from the same dense weights and see the same batches."""
     from transformers import PrinterCallback
@@ -150,21 +153,17 @@ def trainer_of(name: str, corpus: Any, steps: int, seed: int, callbacks: Any = (
 
     factors = RUNS[name]
     config = LowRankConfig(rank=RANK, **factors) if factors else None
+    quiet: dict[str, Any] = {"disable_tqdm": True, "dataloader_pin_memory": False, "report_to": "none"}
+    sizes = {"per_device_train_batch_size": BATCH, "per_device_eval_batch_size": 64}
+    times = {"max_steps": steps, "logging_steps": max(steps // 40, 1), "eval_steps": max(steps // 2, 1)}
     args = LowRankArguments(
         output_dir=tempfile.gettempdir(),  # nothing is saved during these runs
         save_strategy="no",
-        max_steps=steps,
+        eval_strategy="steps",
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=64,
-        logging_steps=max(steps // 40, 1),
-        eval_strategy="steps",
-        eval_steps=max(steps // 2, 1),
         seed=seed,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        report_to="none",
+        **{**quiet, **sizes, **times},
     )
     task = causal_task(corpus)
     if model is None:
@@ -215,38 +214,38 @@ def train_one(name: str, corpus: Any, steps: int, seed: int, folder: Path) -> tu
 
 
 def train_all(
-    pool: ProcessPoolExecutor, queue: Any, corpus: Any, steps: int, seed: int, kept: Path
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[Any]]]:
-    """Trains each of `RUNS` under a live progress bar; figures and logs by name, the models in folders of `kept`."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    pool: ProcessPoolExecutor, queue: Any, corpus: Any, steps: int, options: Any, kept: Path, get_ready: Any
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[Any]], Any]:
+    """Trains each of `RUNS` under a live progress bar, the models in folders of `kept`.
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    text = (TextColumn("{task.description:14}"), TextColumn("{task.fields[note]}"))
-    with Progress(text[0], *columns, text[1], refresh_per_second=2) as progress:
+    Returns:
+        Figures and logs by name, and what `get_ready` gave, which is called once a core is free.
+    """
+    from rich import progress as shown
+
+    columns = [shown.TextColumn("{task.description:14}"), shown.BarColumn(), shown.MofNCompleteColumn()]
+    columns += [shown.TimeElapsedColumn(), shown.TimeRemainingColumn(), shown.TextColumn("{task.fields[note]}")]
+    ready: Any = None
+    with shown.Progress(*columns, refresh_per_second=2) as progress:
         tasks = {name: progress.add_task(name, total=steps, start=False, note="") for name in RUNS}
         # The dense run takes longest and goes first.
-        runs = {name: pool.submit(train_one, name, corpus, steps, seed, kept / name) for name in RUNS}
+        runs = {name: pool.submit(train_one, name, corpus, steps, options.seed, kept / name) for name in RUNS}
         for name, step, note in reports(queue, runs):
             if step == 0:
                 progress.start_task(tasks[name])
-            shown: dict[str, Any] = {} if note is None else {"note": note}
-            progress.update(tasks[name], completed=step, **shown)
+            changed: dict[str, Any] = {} if note is None else {"note": note}
+            progress.update(tasks[name], completed=step, **changed)
             if note and note.startswith("validation"):
                 progress.stop_task(tasks[name])
                 if not progress.console.is_terminal:  # a log file shows no bars
                     print(f"{name}: {note}", flush=True)
+            if ready is None and sum(not run.done() for run in runs.values()) < options.workers:
+                ready = get_ready()
     rows, logs = {name: run.result()[0] for name, run in runs.items()}, {n: r.result()[1] for n, r in runs.items()}
     dense, he = rows["dense"]["eval_perplexity"], rows["he"]["eval_perplexity"]
     for row in rows.values():
         row["gap_closed"] = (he - row["eval_perplexity"]) / (he - dense) if he != dense else math.nan
-    return rows, logs
+    return rows, logs, ready or get_ready()
 
 
 def reports(queue: Any, runs: dict[str, Future]) -> Iterator[tuple[str, int, str | None]]:
@@ -262,23 +261,25 @@ def reports(queue: Any, runs: dict[str, Future]) -> Iterator[tuple[str, int, str
                 return
 
 
-def step_seconds(corpus: Any, seed: int) -> dict[str, float]:
-    """The median time of a training step of each of `RUNS`, in turn, with no other run beside them."""
+def step_of(name: str, corpus: Any, seed: int) -> Any:
+    """One of `RUNS` as a function that takes a training step."""
+    trainer = trainer_of(name, corpus, 1, seed)
+    optimizer = trainer.create_optimizer()
+    batch = trainer.data_collator([corpus.train[i] for i in range(min(BATCH, len(corpus.train)))])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        trainer.model(**batch).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def step_seconds(steps: dict[str, Any]) -> dict[str, float]:
+    """The median time of each step, in turn, with no other run beside them."""
     from benchmarks.step_time import side_by_side
 
-    def step_of(name: str) -> Any:
-        trainer = trainer_of(name, corpus, 1, seed)
-        optimizer = trainer.create_optimizer()
-        batch = trainer.data_collator([corpus.train[i] for i in range(min(BATCH, len(corpus.train)))])
-
-        def step() -> None:
-            optimizer.zero_grad()
-            trainer.model(**batch).loss.backward()
-            optimizer.step()
-
-        return step
-
-    times = side_by_side({name: step_of(name) for name in RUNS}, TIMED_STEPS, "cpu", warm_up=2)
+    times = side_by_side(steps, TIMED_STEPS, "cpu", warm_up=2)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
@@ -319,15 +320,8 @@ def save(folder: Path, best: str, corpus: Any, rows: Any, logs: Any, steps: int,
     corpus.tokenizer.save_pretrained(folder)
     plot_losses(logs, folder / PLOT)
     trainer = trainer_of(best, corpus, steps, seed, model=AutoModelForCausalLM.from_pretrained(folder))
-    training = {
-        "learning_rate": LEARNING_RATE,
-        "steps": steps,
-        "tokens a step": BATCH * BLOCK,
-        "vocabulary": len(corpus.tokenizer),
-        "optimiser": "AdamW",
-        "schedule": "constant",
-        "seed": seed,
-    }
+    training = {"learning_rate": LEARNING_RATE, "steps": steps, "tokens a step": BATCH * BLOCK, "seed": seed}
+    training |= {"vocabulary": len(corpus.tokenizer), "optimiser": "AdamW", "schedule": "constant"}
     write_results(
         folder / RESULTS,
         title="Quickstart",
@@ -354,8 +348,10 @@ def save(folder: Path, best: str, corpus: Any, rows: Any, logs: Any, steps: int,
     )
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, wait: bool) -> None:
     """Loads the model as anyone would, compares its logits with those kept before saving, and generates some text.
+
+    With `wait` it waits for a line first, with everything imported; without a line there is no model.
 
     Raises:
         SystemExit: With status 1 if the logits differ.
@@ -366,6 +362,8 @@ def check(folder: Path) -> None:
 
     import hf_efx  # noqa: F401  lets transformers read these weights
 
+    if wait and not sys.stdin.readline():
+        return
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -26,6 +26,9 @@ from hf_efx.low_rank.ranks import (
 
 logger = logging.getLogger(__name__)
 
+# peft adds these names to modules_to_save by the task, whether a model has them or not.
+_PEFT_HEADS = ("classifier", "score", "qa_outputs")
+
 
 @dataclass
 class LowRankConfig(EfxMethodConfig):
@@ -110,6 +113,10 @@ class LowRankConfig(EfxMethodConfig):
         number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
         if scale != "rms" and not (number and 0 < float(scale) < math.inf):
             raise ValueError(f"spectral_ones_scale={scale!r}: expected a number above 0, or 'rms'.")
+        if self.init != "spectral_ones":
+            self.refuse_inert(("spectral_ones_scale",), f"at init={self.init!r}: set init='spectral_ones'")
+        if self.rank == "auto":
+            self.refuse_inert(("only_if_smaller",), "at rank='auto', which makes no layer larger: pass a rank")
         if self.factor_activation is not None and self.factor_activation not in ACT2FN:
             raise ValueError(
                 f"factor_activation={self.factor_activation!r} is no activation of transformers; try 'silu' or 'gelu'."
@@ -158,6 +165,11 @@ class LowRankConfig(EfxMethodConfig):
         """
         if pretrained:
             self.check_pretrained()
+        names = [name for name, _ in model.named_modules()]
+        for entry in self.modules_to_save or ():
+            added = self.task_type is not None and entry in _PEFT_HEADS
+            if not added and not any(f".{name}".endswith(f".{entry}") for name in names):
+                raise ValueError(f"modules_to_save={self.modules_to_save!r}: {entry!r} matches no module.")
         views = _views(model, targets)
         if self.init != "he" or self.rank == "auto":
             _refuse_without_spectrum(views)
@@ -242,8 +254,11 @@ class LowRankConfig(EfxMethodConfig):
             )
         return total
 
-    def check_switch(self, model: nn.Module) -> None:
+    def check_switch(self, model: nn.Module) -> list[str]:
         """Refuses, for a model that trains dense first, what its factorisation would refuse then.
+
+        Returns:
+            The layers that will be factorised; with rank='auto' those that may be.
 
         Raises:
             ValueError: As `match` and `plan` do, but for what trained weights alone can tell (of rank='auto').
@@ -251,8 +266,8 @@ class LowRankConfig(EfxMethodConfig):
         targets = self.match(model)
         if self.rank == "auto":
             self._total_budget(_views(model, targets))
-        else:
-            self.plan(model, targets, pretrained=True)
+            return list(targets)
+        return list(self.plan(model, targets, pretrained=True))
 
     def apply(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Factorises the planned layers, with factors by `init`."""

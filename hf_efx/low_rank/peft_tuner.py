@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from hf_efx.core.model.pretrained import weights_were_loaded
-from hf_efx.core.model.targets import match_targets, warn_of_experts
+from hf_efx.core.model.targets import match_targets, warn_of_skipped
 from hf_efx.core.model.weight_view import WeightView
 from hf_efx.low_rank.initialisation import initial_factors
 from hf_efx.low_rank.layers import factorised_conv2d, factorised_linear
@@ -136,7 +136,7 @@ class LowRankTuner(BaseTuner):
         }
         targets = match_targets(model, peft_config, layers)
         if peft_config.target_modules in (None, "all-linear"):
-            warn_of_experts(model)
+            warn_of_skipped(model)
             peft_config.target_modules = sorted(targets)  # what peft matches by, and writes into the adapter's config
         trained = not peft_config.from_file and weights_were_loaded(model, targets)
         self._plan = peft_config.plan(model, targets, pretrained=trained)

@@ -7,6 +7,7 @@ V², which holds for uncorrelated entries of G.
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,10 +201,18 @@ class StopAtSwitch(TrainerCallback):
         step: Optimiser step of the switch.
         options: How the optimiser and the schedule go on.
         config: How the model is factorised then.
+        optimizer_at_switch: Makes the optimizer as if the layers of these names were factorised.
     """
 
-    def __init__(self, step: int, options: LowRankArgumentsMixin, config: LowRankConfig) -> None:
+    def __init__(
+        self,
+        step: int,
+        options: LowRankArgumentsMixin,
+        config: LowRankConfig,
+        optimizer_at_switch: Callable[[list[str]], torch.optim.Optimizer],
+    ) -> None:
         self.step, self.options, self.config = step, options, config
+        self.optimizer_at_switch = optimizer_at_switch
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -211,7 +220,7 @@ class StopAtSwitch(TrainerCallback):
         """Raises ValueError for what the switch can't work with."""
         self._check_run(args, state, kwargs["train_dataloader"])
         self._check_optimizer(args, kwargs)
-        self.config.check_switch(kwargs["model"])
+        self._check_decay(self.config.check_switch(kwargs["model"]), kwargs["model"])
 
     def _check_run(self, args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> None:
         where = f"dense_warmup_steps={self.step}"
@@ -248,6 +257,20 @@ class StopAtSwitch(TrainerCallback):
                 f"so that they can't be scaled. Leave it at 1, or choose a schedule that is a function of the step "
                 f"(lr_scheduler_type='linear', 'cosine', ...)."
             )
+
+    def _check_decay(self, layers: list[str], model: nn.Module) -> None:
+        """Refuses a create_optimizer of one's own that will decay factors, which factor_decay does too."""
+        if not self.options.factor_decay:
+            return
+        future = {id(model.get_submodule(name).weight): name for name in layers}
+        for group in self.optimizer_at_switch(layers).param_groups:
+            found = [future[id(p)] for p in group["params"] if id(p) in future]
+            if found and group.get("weight_decay"):
+                raise ValueError(
+                    f"factor_decay={self.options.factor_decay}: create_optimizer gives {found[0]!r} the weight_decay="
+                    f"{group['weight_decay']}, which would act on its factors too. Set it to 0 for what "
+                    f"get_decay_parameter_names leaves out, or set factor_decay=0."
+                )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
     _given_optimizer = False
     _decay: FactorDecayCallback | None = None
     _dense: DensePart | None = None
+    _future_layers: Sequence[str] = ()
 
     def __init__(self, *args: Any, low_rank_config: LowRankConfig | None = None, **kwargs: Any) -> None:
         self.low_rank_config = low_rank_config  # before the Trainer's own, which calls model_init
@@ -163,7 +164,8 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         names = super().get_decay_parameter_names(model)
         if not self._options.factor_decay:
             return names
-        factors = {f"{name}.{p}" for name in factorised_layers(model) for p in ("weight", "factor_v")}
+        layers = [*factorised_layers(model), *self._future_layers]
+        factors = {f"{name}.{p}" for name in layers for p in ("weight", "factor_v")}
         return [name for name in names if name not in factors]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -263,7 +265,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
     def _until(self, step: int) -> Iterator[None]:
         """Makes the Trainer save and stop at a step, leaving alone what belongs to the end of a whole run."""
         assert self.low_rank_config is not None
-        stop = StopAtSwitch(step, self._options, self.low_rank_config)
+        stop = StopAtSwitch(step, self._options, self.low_rank_config, self._optimizer_at_switch)
         kept = {name: getattr(self.args, name) for name in ("load_best_model_at_end", "save_total_limit")}
         self.args.load_best_model_at_end, self.args.save_total_limit = False, None
         self.add_callback(stop)
@@ -296,6 +298,16 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         self.accelerator.wait_for_everyone()
         self._release_dense()
         return staged
+
+    def _optimizer_at_switch(self, layers: list[str]) -> torch.optim.Optimizer:
+        """What create_optimizer will make once these layers are factorised; the optimizer at hand stays."""
+        kept: Any = self.optimizer
+        self.optimizer, self._future_layers = None, layers  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            self.create_optimizer()
+            return self.optimizer  # pyright: ignore[reportReturnType]
+        finally:
+            self.optimizer, self._future_layers = kept, ()
 
     def _new_optimizer_names(self) -> list[list[str]]:
         """Makes a new optimiser over the model as it is; the names of the parameters in each of its groups."""

@@ -65,10 +65,13 @@ class OptionParser(HfArgumentParser):
             with status 2 and a line that names the option, the value and the way out.
         """
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--config")
-        path = first.parse_known_args(arguments)[0].config
+        first.error = self.error
+        first.add_argument("--config", action="append", default=[])
+        paths = first.parse_known_args(arguments)[0].config
         try:
-            from_file = self._file_arguments(Path(path)) if path else []
+            if len(paths) > 1:
+                raise ValueError(f"config={paths[0]!r} and config={paths[1]!r}: give one file.")
+            from_file = self._file_arguments(Path(paths[0])) if paths else []
             found, unknown = self.parse_known_args([*from_file, *arguments])
             if unknown:
                 raise ValueError(f"unknown option {unknown[0]}{self._near(unknown[0])}.")
@@ -90,26 +93,45 @@ class OptionParser(HfArgumentParser):
 
     def _file_arguments(self, path: Path) -> list[str]:
         """The command line that a YAML file stands for."""
-        text = path.read_text(encoding="utf-8")
+        where = f"config={str(path)!r}"
         try:
+            text = path.read_text(encoding="utf-8")
             # As written: YAML's own types would make `no` False and `1e-3` a string. A mapping alone needs them.
-            written, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
+            written, typed = yaml.load(text, _OnceLoader), yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where} can't be read ({error}): name a YAML file.") from None
         except yaml.YAMLError as error:
-            raise ValueError(f"config={str(path)!r} is no YAML: {error}") from None
+            raise ValueError(f"{where} is no YAML: {error}") from None
         if not isinstance(written, dict):
-            raise ValueError(f"config={str(path)!r} holds no `option: value` lines.")
-        result = []
+            raise ValueError(f"{where} holds no `option: value` lines.")
+        result, named = [], dict[str, str]()
         for key, value in written.items():
             option = f"--{key}"
             if option not in self._option_string_actions or option in ("--config", "--help"):
-                raise ValueError(f"config={str(path)!r}: unknown key {key!r}{self._near(option)}.")
-            if isinstance(value, dict):
-                result.append(f"{option}={json.dumps(typed[key])}")
-            elif isinstance(value, list):
-                result += [option, *value] if value else []
-            elif value not in ("", "~", "null"):
-                result.append(f"{option}={value}")
+                raise ValueError(f"{where}: unknown key {key!r}{self._near(option)}.")
+            name = self._option_string_actions[option].dest
+            if name in named:
+                raise ValueError(
+                    f"{where} says {name} twice, as {named[name]!r} and as {key!r}: leave one of them out."
+                )
+            named[name] = key
+            result += self._words(option, value, typed[key], where)
         return result
+
+    def _words(self, option: str, written: Any, typed: Any, where: str) -> list[str]:
+        """The words of one line of a YAML file; none where it says what holds without it."""
+        default = self._option_string_actions[option].default
+        if isinstance(written, dict):
+            return [f"{option}={json.dumps(typed)}"]
+        if isinstance(written, list):
+            if not all(isinstance(one, str) for one in written):
+                raise ValueError(f"{where}: {option[2:]}={typed!r} holds more than values: write it as [a, b].")
+            return [option, *written] if written or default not in (None, []) else []
+        if written not in ("", "~", "null"):
+            return [f"{option}={written}"]
+        if default not in (None, argparse.SUPPRESS):
+            raise ValueError(f"{where}: {option[2:]} has no value: give one, or leave the line out.")
+        return [] if default is None else [f"{option}=null"]
 
     def _near(self, option: str) -> str:
         wanted = option.lstrip("-").partition("=")[0].replace("-", "_")
@@ -120,6 +142,28 @@ class OptionParser(HfArgumentParser):
     def _config_values(self, found: dict[str, Any]) -> dict[str, Any]:
         hints = get_type_hints(self.config)
         return {f.name: _value(found[f.name], hints[f.name], f.name) for f in self._config_fields if f.name in found}
+
+
+class _OnceLoader(yaml.BaseLoader):
+    """YAML as written, in which no key may stand twice: the first would be dropped."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.YAMLError(f"the key {twice[0]!r} stands twice in it.")
+        return super().construct_mapping(node, deep)
+
+
+def was_given(options: Any, name: str) -> bool:
+    """Whether an option has another value than its default.
+
+    Args:
+        options: An instance of a dataclass.
+        name: Of the option.
+    """
+    default = next(f for f in dataclasses.fields(options) if f.name == name)
+    factory = default.default_factory
+    return getattr(options, name) != (default.default if factory is dataclasses.MISSING else factory())
 
 
 def resume_point(value: str | None) -> str | bool | None:

@@ -107,6 +107,8 @@ def _check_arguments(args: TrainingArguments) -> None:
     if args.prediction_loss_only or (args.label_names and "labels" not in args.label_names):
         name = "prediction_loss_only" if args.prediction_loss_only else "label_names"
         raise ValueError(f"{name}={getattr(args, name)!r} leaves an evaluation without its metric: leave it out.")
+    if args.do_predict:
+        raise ValueError("do_predict=True: programs train and evaluate, and predict nothing. Leave it out.")
     options: Any = args.lr_scheduler_kwargs or {}
     try:
         get_scheduler(

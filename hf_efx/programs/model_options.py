@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from hf_efx.programs.command_line import was_given
 
 
 @dataclass
@@ -29,6 +31,15 @@ class ModelOptions:
         default=None,
         metadata={"help": "Settings of a model from scratch in place of the defaults: 'n_layer=2,n_embd=128'."},
     )
+
+    def check(self) -> None:
+        """Refuses settings of a model from scratch beside a checkpoint, which has its own."""
+        for name in (f.name for f in fields(self)):
+            if self.model_name_or_path and name != "model_name_or_path" and was_given(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for a model from scratch, but "
+                    f"model_name_or_path={self.model_name_or_path!r} names a checkpoint: give one of them."
+                )
 
 
 def scratch_config(

@@ -59,6 +59,11 @@ class RunFolder:
             ValueError: With what differs, and the way out.
         """
         there, checkpoint = self._read(), last_complete_checkpoint(self.path)
+        if there and (other := there["settings"].get("program")) != self.settings.get("program"):
+            raise ValueError(
+                f"output_dir={str(self.path)!r} holds a run of {other}, whose model and results this one would write "
+                f"over: name another --output_dir."
+            )
         if there is None and checkpoint is not None:
             raise ValueError(
                 f"output_dir={str(self.path)!r} holds checkpoints of an unknown run ({RUN} is missing): name the one "

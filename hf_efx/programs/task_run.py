@@ -161,6 +161,7 @@ class TaskJob:
         model = self.model()  # what can't be used shows before anything is trained
         config = model.config.to_dict()
         self.start = {
+            "program": self.method,
             "task": self.task.task,
             "data": data_fingerprint(self.task.train),
             "holdout": self.task.holdout and data_fingerprint(self.task.holdout),

@@ -28,6 +28,7 @@ from hf_efx.core.data.image_data import ImageCollator
 from hf_efx.core.scoring import losses
 from hf_efx.core.scoring.scorer import class_names
 from hf_efx.programs.causal_lm import DataOptions, check_fit
+from hf_efx.programs.command_line import was_given
 from hf_efx.programs.model_options import ModelOptions, checkpoint_config, parse_overrides, scratch_config
 from hf_efx.programs.run_folder import data_of_run
 
@@ -42,6 +43,12 @@ _HEADS = {  # as transformers names its lists of classes
     "text_classification": "SEQUENCE_CLASSIFICATION",
     "image_classification": "IMAGE_CLASSIFICATION",
 }
+_UNREAD = {  # options of the data that a task doesn't read, and those that nobody does where no data are named
+    "causal_lm": ("label_column", "image_column", "image_size"),
+    "text_classification": ("mode", "image_column", "image_size"),
+    "image_classification": ("text_column", "mode", "block_size", "tokenizer", "vocab_size"),
+}
+_COLUMNS = ("text_column", "label_column", "image_column")
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # At BERT's own 0.02 a model this small learns little in 300 steps (37% right on the library's text; 68% at 0.1).
 _BERT = {"num_attention_heads": 2, "initializer_range": 0.1, **_NO_DROPOUT}
@@ -150,6 +157,14 @@ class TaskOptions(DataOptions):
             raise ValueError(f"max_train_examples={self.max_train_examples}: expected 2 or more.")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size={self.image_size}: expected 1 pixel or more.")
+        for name in (*_UNREAD.get(self.task, ()), *(() if self.dataset else _COLUMNS)):
+            if was_given(self, name):
+                why = (
+                    "without a dataset nothing"
+                    if name in _COLUMNS and not self.dataset
+                    else f"nothing of task={self.task!r}"
+                )
+                raise ValueError(f"{name}={getattr(self, name)!r}: {why} reads it. Leave it out.")
 
 
 @dataclass
@@ -343,13 +358,9 @@ class LearningTask:
         return model
 
     def _config(self, options: ModelOptions, size: str) -> PreTrainedConfig:
+        options.check()
         settings = parse_overrides(options.config_overrides) if options.config_overrides else {}
         if options.model_name_or_path:
-            if settings:
-                raise ValueError(
-                    f"config_overrides={options.config_overrides!r} is for a model from scratch, but "
-                    f"model_name_or_path={options.model_name_or_path!r} names a checkpoint: give one of them."
-                )
             config: Any = checkpoint_config(options.model_name_or_path)
         else:
             kind, base = (options.model_type, {}) if options.model_type else SIZES[self.task][size]

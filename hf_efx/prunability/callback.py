@@ -178,14 +178,14 @@ class _LossWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._passes = self._reached = 0
-        self._hook = model.register_forward_hook(self._after_forward)
+        after_forward: Any = torch.compiler.disable(self._after_forward)
+        self._hook = model.register_forward_hook(after_forward)
 
     def model_loss_is_trained(self) -> bool:
         """Whether it did; also where no forward pass was seen. Takes the hook off."""
         self._hook.remove()
         return not self._passes or bool(self._reached)
 
-    @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: Any, outputs: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import UninitializedParameter, UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -123,7 +123,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _is_packed(name: str, tensor: torch.Tensor) -> bool:
     """Whether numbers of a byte or less, or integers under a weight's name, stand for weights; a mask doesn't."""
-    if isinstance(tensor, UninitializedTensorMixin) or tensor.numel() < 2 or tensor.dtype == torch.bool:
+    lazy = isinstance(tensor, (UninitializedBuffer, UninitializedParameter))
+    if lazy or tensor.numel() < 2 or tensor.dtype == torch.bool:
         return False
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor.element_size() < 2
@@ -184,7 +185,8 @@ def _idle_weights(model: nn.Module) -> set[int]:
                 continue
             aside: list[Any] = [one for adapter, one in adapters.items() if adapter not in active]
             if attribute in _IN_ITS_PLACE and {*active} & {*adapters}:
-                aside.append(module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module)
+                behind = "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
+                aside.append(getattr(module, behind))
             for one in aside:
                 idle |= {id(p) for p in ([one] if isinstance(one, torch.Tensor) else one.parameters())}
     return idle

@@ -29,6 +29,7 @@ from datasets import Dataset
 from hf_efx.core.data.fingerprints import weights_fingerprint
 from hf_efx.core.data.tables import settings_of
 from hf_efx.core.training.arguments import EfxArguments
+from hf_efx.programs.command_line import was_given
 from hf_efx.programs.frame import check_push, not_the_input, run_program
 from hf_efx.programs.task_data import HOLDOUT_SHARE
 from hf_efx.programs.task_report import Report, report_runs
@@ -103,6 +104,18 @@ class IrreducibleOptions:
             raise ValueError(f"irreducible_folds={self.irreducible_folds}: expected 2 or more.")
         if self.irreducible_steps is not None and self.irreducible_steps < 1:
             raise ValueError(f"irreducible_steps={self.irreducible_steps}: expected 1 or more.")
+        if self.irreducible == "holdout" and was_given(self, "irreducible_folds"):
+            raise ValueError(f"irreducible_folds={self.irreducible_folds} goes with --irreducible cross_fit.")
+        if self.irreducible_losses and (made := [name for name in self.given if name != "irreducible_losses"]):
+            raise ValueError(
+                f"irreducible_losses={self.irreducible_losses!r} names a ready table, but {', '.join(made)} would "
+                f"make one: give one of them."
+            )
+
+    @property
+    def given(self) -> list[str]:
+        """The options that aren't as they are by default."""
+        return [f.name for f in dataclasses.fields(self) if was_given(self, f.name)]
 
 
 @dataclass
@@ -148,6 +161,8 @@ def _program(
     program: ProgramOptions,
     args: RHOLossArguments,
 ) -> None:
+    if args.selection in program.compare:
+        raise ValueError(f"compare={args.selection!r} is the program's own selection: compare with others.")
     selections = ([args.selection] if args.selection_ratio < 1 else []) + program.compare
     job, table = load_selecting_job(
         "rho_loss", command, args, task_options, model_options, irreducible, selections, program.plot
@@ -230,6 +245,11 @@ def load_selecting_job(
 ) -> tuple[TaskJob, Table]:
     """Loads the task and the model, and loads or makes the table that one of the selections needs."""
     needed = any(get_selection_function(name).needs_irreducible_loss for name in selections)
+    if irreducible.given and not needed:
+        raise ValueError(
+            f"{', '.join(irreducible.given)}: {' or '.join(selections) or 'selection_ratio=1'} reads no irreducible "
+            f"losses. Leave that out, or choose another selection."
+        )
     ready = irreducible.irreducible_losses if needed else None
     losses = load_irreducible_losses(ready) if ready else None
     source = (irreducible.irreducible if losses is None else settings_of(losses)) if needed else None

@@ -12,6 +12,7 @@ from hf_efx.core.model.block_units import model_blocks, named
 from hf_efx.core.model.method_config import EfxMethodConfig
 from hf_efx.core.model.peft_bridge import EfxType, RefusingTuner, register_adapter
 from hf_efx.core.model.probe import what_breaks
+from hf_efx.core.model.targets import check_entries
 from hf_efx.core.training.step_context import step_context
 from hf_efx.slice_out.apply import put_on, take_off, watch_settings
 from hf_efx.slice_out.blocks import check_model, check_modules, own_dropouts, plan_blocks
@@ -148,6 +149,8 @@ class SliceOutConfig(EfxMethodConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: expected a whole number of {least} or more.")
+        if "attention" not in self.targets:
+            self.refuse_inert(("attention",), f"at targets={self.targets!r}: add 'attention' to them")
         if self.blocks is not None:
             self.blocks = [block_entry(entry) for entry in self.blocks]
 
@@ -238,19 +241,19 @@ class SliceOutConfig(EfxMethodConfig):
                 f"SliceOutConfig: hf_efx knows no blocks of {type(model).__name__}. Name them, for example "
                 f"SliceOutConfig(blocks=[Block('mlp', emits=['fc1'], reads=['fc2'])]), names relative to any module."
             )
-        patterns = {block.name: get_pattern_key(list(self.rate_pattern), block.name) for block in found}
+        self._check_kinds({block.block.kind for block in found}, type(model).__name__)
+        chosen = [block for block in found if block.block.kind in self.targets and named(block.members, self)]
+        patterns = {block.name: get_pattern_key(list(self.rate_pattern), block.name) for block in chosen}
         for pattern in self.rate_pattern:
             if pattern not in patterns.values():
                 raise ValueError(
-                    f"rate_pattern[{pattern!r}] matches no block. Blocks are called by their first modules, for "
-                    f"example {found[0].name!r}."
+                    f"rate_pattern[{pattern!r}] matches no block that targets, target_modules and the fields beside "
+                    f"it choose. Blocks are called by their first modules, for example {found[0].name!r}."
                 )
-        rates = {}
-        for block in found:
-            kind = block.block.kind
-            rate = self.rate.get(kind, 0.0) if isinstance(self.rate, dict) else self.rate
-            chosen = kind in self.targets and named(block.members, self)
-            rates[block.name] = float(self.rate_pattern.get(patterns[block.name], rate)) if chosen else 0.0
+        rates = dict.fromkeys((block.name for block in found), 0.0)
+        for block in chosen:
+            rate = self.rate.get(block.block.kind, 0.0) if isinstance(self.rate, dict) else self.rate
+            rates[block.name] = float(self.rate_pattern.get(patterns[block.name], rate))
         if not any(rates.values()):
             raise ValueError(
                 f"SliceOutConfig: targets={self.targets!r}, rate={self.rate!r}, target_modules="
@@ -258,7 +261,20 @@ class SliceOutConfig(EfxMethodConfig):
                 f"{self.layers_to_transform!r}) choose no block of {type(model).__name__}. Its blocks are called by "
                 f"their first modules, among others: {', '.join(sorted(rates)[:6])}."
             )
+        rated = [block for block in chosen if rates[block.name] or patterns[block.name] in self.rate_pattern]
+        sliced = [name for block in rated for name in block.members]
+        check_entries(self, sliced, f"in a block that is sliced (targets={self.targets!r}, rate={self.rate!r})")
         return found, rates
+
+    def _check_kinds(self, there: set[str], model: str) -> None:
+        """Refuses settings for a kind of block that the model lacks."""
+        only = f"on {model}, whose blocks are of the kinds {sorted(there)}: take out what it lacks"
+        if set(self.targets) - there and there & set(self.targets):
+            self.refuse_inert(("targets",), only)
+        if isinstance(self.rate, dict) and (lacking := sorted(set(self.rate) - there)):
+            raise ValueError(f"rate={self.rate!r}: {lacking[0]!r} has no effect {only}.")
+        if "attention" not in there:
+            self.refuse_inert(("attention",), only)
 
     def describe(self, plan: dict[str, dict[str, Any]]) -> dict[str, str]:
         """See `EfxMethodConfig.describe`."""

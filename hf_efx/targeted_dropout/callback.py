@@ -45,13 +45,19 @@ class TargetedDropoutCallback(StepContextCallback):
                 "TargetedDropoutCallback: the model has no targeted dropout. Pass a TargetedDropoutConfig, or call "
                 "get_efx_model(model, TargetedDropoutConfig(...)) first."
             )
-        there = [dropping.config.method_fields() for dropping in self.droppings]
-        if self.config is not None and there != [self.config.method_fields()]:
-            raise ValueError(
-                f"TargetedDropoutCallback: the model has {', '.join(map(str, there))}, the callback "
-                f"{self.config.method_fields()}. Leave the callback's config out, or call hf_efx.unload(model) first."
-            )
+        if self.config is not None:
+            self._check_same(self.config)
         super().on_train_begin(args, state, control, **kwargs)
+
+    def _check_same(self, config: TargetedDropoutConfig) -> None:
+        """Refuses a model with another config than the callback's; only the fields that differ are named."""
+        own, way_out = config.method_fields(), "Leave the callback's config out, or call hf_efx.unload(model) first."
+        if len(self.droppings) > 1:
+            raise ValueError(f"TargetedDropoutCallback: the model has {len(self.droppings)} configs. {way_out}")
+        there = self.droppings[0].config.method_fields()
+        if differing := [name for name in own if own[name] != there[name]]:
+            pairs = "; ".join(f"{name}={there[name]!r}, the callback {name}={own[name]!r}" for name in differing)
+            raise ValueError(f"TargetedDropoutCallback: the model has {pairs}. {way_out}")
 
     def metrics(self) -> dict[str, float]:
         """Targeting and rate of the last step, and the share of weights or units that a pass drops.

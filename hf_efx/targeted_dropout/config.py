@@ -129,8 +129,20 @@ class TargetedDropoutConfig(EfxMethodConfig):
             raise ValueError(f"l1={self.l1!r} acts on weights: set it to 0, or granularity='weight'.")
         if self.granularity == "weight" and self.blocks is not None:
             raise ValueError("blocks describe units: set granularity='unit', or leave them out.")
+        self._check_inert()
         if self.blocks is not None:
             self.blocks = [block_entry(entry) for entry in self.blocks]
+
+    def _check_inert(self) -> None:
+        """Refuses settings that can't act; `scope` always does, in `prune`."""
+        if self.rate == 0:
+            if not self.l1:
+                raise ValueError("rate=0 drops nothing: raise it, or set l1 for a penalty alone.")
+            self.refuse_inert(("targeting", "ramp", "refresh_every", "selection"), "at rate=0: raise the rate")
+        if self.ramp == "none":
+            self.refuse_inert(("ramp_steps",), "at ramp='none': set ramp='linear' or 'paper'")
+        if self.selection == "random":
+            self.refuse_inert(("targeting", "refresh_every"), "at selection='random': set selection='targeted'")
 
     def method_fields(self) -> dict[str, Any]:
         """See `EfxMethodConfig.method_fields`; blocks as dicts."""

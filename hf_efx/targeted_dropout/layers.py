@@ -100,6 +100,13 @@ class Dropping:
                 f"The config of targeted dropout was changed after it was put on: it says {now}, config.efx "
                 f"{self._put_on}. Call hf_efx.unload(model), then get_efx_model with the new one."
             )
+        if self.config.l1:
+            frozen = [name for name, module in self.modules.items() if not module.weight.requires_grad]
+            if frozen:
+                raise ValueError(
+                    f"l1={self.config.l1!r} can't act on {frozen[0]}.weight, which is frozen (by an adapter on top, "
+                    f"for one): train it, leave it out with exclude_modules, or set l1=0."
+                )
         there = dict(self.model.named_modules())
         for name, member in {**self.modules, **self.members}.items():
             weight: Any = member.weight

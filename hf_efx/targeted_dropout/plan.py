@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_efx.core.model.block_map import Block
 from hf_efx.core.model.masks import UnitGroup, unit_columns, unit_norms, weak_units, weak_weights
+from hf_efx.core.model.method_config import EfxMethodConfig, fields_of
 from hf_efx.core.model.pruned import Zeros
-from hf_efx.core.model.record import QUANT_METHOD, efx_record, entry_config, plan_for
+from hf_efx.core.model.record import efx_record, entry_config, plan_for, refuse_foreign
 from hf_efx.core.model.swap import refuse_offloaded, swap_class
 from hf_efx.core.model.targets import unsuitable
 from hf_efx.core.model.wrappers import inner_model, unwrap_model
@@ -122,8 +123,8 @@ class Part:
         """What an entry of `config.efx` says was trained, by its own granularity and scope or those given."""
         config = cast(TargetedDropoutConfig, entry_config(entry))
         if granularity not in (None, config.granularity):
-            other = {"granularity": granularity, "scope": scope or "column", "blocks": None, "l1": 0.0}
-            return cls.of(model, TargetedDropoutConfig(**{**config.method_fields(), **other}))
+            where = {name: getattr(config, name) for name in fields_of(EfxMethodConfig)}
+            return cls.of(model, TargetedDropoutConfig(granularity=granularity, scope=scope or "column", **where))
         plan = plan_for(model, entry["modules"])
         groups = planned_groups(plan) if config.granularity == "unit" else []
         modules = {name: model.get_submodule(name) for name in plan}
@@ -303,17 +304,9 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 def check_model(model: nn.Module) -> None:
     """Refuses models whose weights can't be set to zero, or wouldn't stay so."""
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"{type(model).__name__} carries a peft adapter, which would fill the zeros when it is merged: merge it "
-            f"first (model = model.merge_and_unload()), and prune the merged model."
-        )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD:
-        raise ValueError(
-            f"The model is quantised ({quantizer.quantization_config.quant_method}): its weights are packed integers. "
-            f"Load it without quantization_config, prune, then quantise."
-        )
+    refuse_foreign(
+        model, adapter="merge it first (model = model.merge_and_unload()), for merging later would fill the zeros"
+    )
     sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor) or p.is_meta]
     if sharded:
         raise ValueError(

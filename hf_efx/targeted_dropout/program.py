@@ -36,6 +36,7 @@ from hf_efx.core.results.curves import PruningCurve, check_fractions, plot_curve
 from hf_efx.core.results.evidence import print_results, summary_table, write_results
 from hf_efx.core.training.arguments import EfxArguments
 from hf_efx.core.training.trainer import EfxTrainer
+from hf_efx.programs.command_line import was_given
 from hf_efx.programs.frame import not_the_input, run_program
 from hf_efx.programs.task_data import load_task
 from hf_efx.programs.task_report import RESULTS, Report, card_names, evaluated_on, own_fields, report_runs
@@ -90,6 +91,9 @@ class ProgramOptions(CompareOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for run, name in (("l1", "compare_l1"), ("dropout", "compare_rate")):
+            if run not in self.compare and was_given(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} goes with --compare {run}.")
         self.fractions = list(check_fractions(self.fractions))
 
 
@@ -151,10 +155,13 @@ def _compared(name: str, config: TargetedDropoutConfig, program: ProgramOptions)
     """What a compared run trains with; None for nothing."""
     if name == "none":
         return None
-    changed: dict[str, Any] = {"selection": "random", "rate": program.compare_rate, "l1": 0.0}
+    plain = TargetedDropoutConfig()  # what says how weights are targeted is left at its default
+    changed: dict[str, Any] = {key: getattr(plain, key) for key in ("targeting", "refresh_every", "selection")}
     if name == "l1":
-        changed = {"rate": 0.0, "l1": program.compare_l1}
-    return dataclasses.replace(config, ramp="none", ramp_steps=None, **changed)
+        changed |= {"rate": 0.0, "l1": program.compare_l1}
+    else:
+        changed |= {"rate": program.compare_rate, "l1": 0.0, "selection": "random"}
+    return dataclasses.replace(config, ramp=plain.ramp, ramp_steps=None, **changed)
 
 
 def _pruned(

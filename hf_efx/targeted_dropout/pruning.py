@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from hf_efx.core.model.block_map import Block
-from hf_efx.core.model.record import mark_pruned, pruned_modules
-from hf_efx.core.model.targets import warn_of_experts
+from hf_efx.core.model.record import check_pruned, mark_pruned
+from hf_efx.core.model.targets import warn_of_skipped
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
 from hf_efx.targeted_dropout.plan import PruningPlan, PruningReport
 
@@ -75,12 +75,12 @@ def prune(
         return plan.report(0.0)
     changes = plan.changes(fraction)
     if target_modules is None and (config is None or config.target_modules in (None, "all-linear")):
-        warn_of_experts(plan.model)
+        warn_of_skipped(plan.model)
     with torch.no_grad():
         for change in changes:
             for tensor, mask in change.zeros:
                 tensor.masked_fill_(mask, 0)
-    flags = pruned_modules(plan.model)
+    flags = check_pruned(plan.model)
     for change in changes:
         flags[change.name] = {**flags.get(change.name, {}), **change.flag}
     mark_pruned(plan.model, flags)

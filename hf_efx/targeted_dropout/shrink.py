@@ -24,7 +24,7 @@ from hf_efx.core.model.adapter import unload
 from hf_efx.core.model.block_map import BLOCK_MAPS, Block
 from hf_efx.core.model.masks import UnitGroup, unit_columns
 from hf_efx.core.model.pruned import empty_outputs
-from hf_efx.core.model.record import mark_pruned, pruned_modules
+from hf_efx.core.model.record import check_pruned, mark_pruned
 from hf_efx.core.model.swap import refuse_offloaded
 from hf_efx.core.model.targets import unsuitable
 from hf_efx.core.model.weight_view import DENSE_TYPES
@@ -303,7 +303,7 @@ def _outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
 
 def _take_out(model: nn.Module, cut: _Cut) -> None:
     unload(model)
-    pruned = pruned_modules(model)
+    pruned = check_pruned(model)
     with torch.no_grad():
         for group in cut.groups:
             for owner, attribute, dim, columns in list(_cuts(model, group, cut.keep[group.name])):

@@ -11,7 +11,7 @@ from hf_efx.core.model.block_map import Block
 from hf_efx.core.model.block_units import named, unit_groups
 from hf_efx.core.model.masks import UnitGroup
 from hf_efx.core.model.method_config import EfxMethodConfig
-from hf_efx.core.model.targets import unsuitable
+from hf_efx.core.model.targets import check_entries, unsuitable
 
 
 def chosen_groups(model: nn.Module, targets: EfxMethodConfig, blocks: Iterable[Block] | None) -> list[UnitGroup]:
@@ -32,6 +32,7 @@ def chosen_groups(model: nn.Module, targets: EfxMethodConfig, blocks: Iterable[B
             f"of {type(model).__name__} to prune. Its blocks are called by their first modules, among others: "
             f"{there or 'none (name them with blocks=[Block(...)])'}."
         )
+    check_entries(targets, (name for group in chosen for name in group.members), "in a group of units that is chosen")
     return chosen
 
 

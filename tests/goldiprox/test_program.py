@@ -80,7 +80,8 @@ def test_select_then_replay_is_both_in_turn(run, capsys):
     ],
 )
 def test_wrong_input_ends_with_status_2(images, tmp_path, capsys, arguments, words):
-    argv = [*IMAGES, *SHORT, *SELECT, *REPLAY, "--dataset", str(images), "--output_dir", str(tmp_path / "out")]
+    select = SELECT[:2] if "grad_norm_is" in arguments else SELECT  # which reads no irreducible losses
+    argv = [*IMAGES, *SHORT, *select, *REPLAY, "--dataset", str(images), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
         program.main([*argv, *arguments])
     assert ended.value.code == 2

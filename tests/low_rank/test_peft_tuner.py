@@ -92,6 +92,8 @@ def gpt2() -> Any:
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # peft's own
 def test_modules_to_save_stay_whole_whatever_adapter_comes_after() -> None:
+    with pytest.raises(ValueError, match=r"modules_to_save=\['nope'\]: 'nope' matches no module"):
+        peft.get_peft_model(gpt2(), LowRankConfig(rank=2, modules_to_save=["nope"]))
     model = peft.get_peft_model(gpt2(), LowRankConfig(rank=2, modules_to_save=["c_fc"]))
     train = {name.split("h.0.")[1] for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in train if "c_fc" in name} == {

@@ -331,3 +331,28 @@ def test_logs_and_evaluations_by_epoch_aren_t_broken_by_the_switch(tmp_path: Pat
     assert [e["step"] for e in done.state.log_history if "eval_loss" in e] == [4, STEPS]
     assert [e["step"] for e in done.state.log_history if "loss" in e] == [4, STEPS]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4", "checkpoint-6"]
+
+
+class DecaysAll(LowRankTrainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.1)  # pyright: ignore
+        return self.optimizer
+
+
+class Passes(LowRankTrainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        return super().create_optimizer()
+
+
+def test_two_decays_of_the_factors_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    for cls in (DecaysAll, Passes):
+        args = arguments(tmp_path, dense_warmup_steps=1, max_steps=2, factor_decay=0.1)
+        one = cls(build(), args, train_dataset=DATA, low_rank_config=LowRankConfig())
+        if cls is Passes:  # its factors leave the groups with weight decay once they are there
+            one.train()
+            assert one.state.global_step == 2
+        else:
+            with pytest.raises(ValueError, match=r"factor_decay=0.1: create_optimizer gives .* the weight_decay=0.1"):
+                one.train()
+            assert one.state.global_step == 0

@@ -79,7 +79,7 @@ def test_file_values_mean_what_they_mean_on_the_command_line(read):
         (["--layers_to_transform", "0", "2"], "layers_to_transform", [0, 2]),
         (["--factor_activation", "silu"], "factor_activation", "silu"),
         (["--factor_activation", "none"], "factor_activation", None),
-        (["--spectral_ones_scale", "rms"], "spectral_ones_scale", "rms"),
+        (["--init", "spectral_ones", "--spectral_ones_scale", "rms"], "spectral_ones_scale", "rms"),
     ],
 )
 def test_config_options(read, words, name, value):
@@ -95,6 +95,13 @@ def test_config_options(read, words, name, value):
         ("config: other.yaml\n", [], "unknown key 'config'"),
         ("- 1\n", [], "holds no `option: value` lines"),
         ("a: [1\n", [], "is no YAML"),
+        ("rank: 4\nrank: 8\n", [], "the key 'rank' stands twice"),
+        ("target-modules: [a]\ntarget_modules: [b]\n", [], "says target_modules twice, as 'target-modules' and as"),
+        ("steps:\n", [], "steps has no value: give one, or leave the line out"),
+        ("rank: null\n", [], "rank=None"),
+        ("target_modules: [[a], b]\n", [], "target_modules=[['a'], 'b'] holds more than values"),
+        (None, ["--config", "."], "config='.' can't be read"),
+        (None, ["--config", "a.yaml", "--config", "b.yaml"], "config='a.yaml' and config='b.yaml': give one file"),
         (None, ["--stepz", "2"], "unknown option --stepz; did you mean steps"),
         (None, ["--qqqqqqqq"], "program --help lists all"),
         (None, ["--config", "not-there.yaml"], "not-there.yaml"),

@@ -191,6 +191,7 @@ REFUSED = {
     "precision": (["--tf32", "true"], "tf32"),
     "optimizer": (["--optim", "adamw_8bit"], "bitsandbytes"),
     "schedule": (["--lr_scheduler_type", "warmup_stable_decay"], "lr_scheduler_type='warmup_stable_decay' can't be"),
+    "prediction": (["--do_predict"], "do_predict=True: programs train and evaluate, and predict nothing"),
     "tracker": (["--report_to", "wandb"], "report_to='wandb' isn't installed"),
 }
 
@@ -205,6 +206,42 @@ def test_what_cannot_work_is_refused_before_the_first_step(
         assert words in refused(name, capsys, *argv(name, tmp_path / f"out{i}", *arguments))
     assert not [folder for folder in steps if folder.startswith("out")]
     assert not list(tmp_path.glob("out*/*.safetensors"))
+
+
+NOTHING_READS = [
+    ("slice_out", ["--text_column", "body"], "text_column='body': nothing of task='image_classification' reads it"),
+    ("slice_out", ["--task", "causal_lm", "--image_size", 8], "image_size=8: nothing of task='causal_lm' reads it"),
+    ("slice_out", ["--compare", "none", "nothing"], "compare='nothing': expected some of none, dropout, each once"),
+    ("targeted_dropout", ["--compare_rate", 0.2, "--compare", "none"], "compare_rate=0.2 goes with --compare dropout"),
+    ("rho_loss", ["--compare", "rho_loss"], "compare='rho_loss' is the program's own selection"),
+    ("rho_loss", ["--irreducible_folds", 3], "irreducible_folds=3 goes with --irreducible cross_fit"),
+    ("rho_loss", ["--irreducible_losses", "x"], "names a ready table, but irreducible_model, irreducible_steps would"),
+    (
+        "rho_loss",
+        ["--selection", "loss"],
+        "irreducible_model, irreducible_steps: loss or uniform reads no irreducible",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "words"), NOTHING_READS, ids=lambda value: str(value)[:30])
+def test_what_nothing_would_read_is_refused(
+    name: str, arguments: Any, words: str, argv: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(name, capsys, *argv(name, tmp_path / "out"), *arguments)
+
+
+def test_columns_without_data_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused("slice_out", capsys, "--label_column", "kind", "--output_dir", tmp_path)
+    assert "label_column='kind': without a dataset nothing reads it" in line
+
+
+def test_another_program_s_folder_is_refused(
+    argv: Any, whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole("slice_out"), tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    line = refused("targeted_dropout", capsys, *argv("targeted_dropout", tmp_path / "out"))
+    assert "holds a run of slice_out, whose model and results this one would write over: name another" in line
 
 
 def test_a_launcher_that_is_not_installed_is_refused(

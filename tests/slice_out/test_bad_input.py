@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "adapted": (
         lambda: peft.get_peft_model(BY_NAME["bert"].build(), peft.LoraConfig(target_modules=["query"])),
         HALF,
-        r"already carries a peft adapter. Put hf_efx on first",
+        r"already carries a peft adapter: put hf_efx on first",
     ),
     "loaded, and not put back": (loaded_dormant, HALF, r"belongs to the slice_out method.*get_efx_model\(model\)"),
     "a norm that isn't per channel": (

@@ -135,6 +135,40 @@ def test_rates_by_kind_and_pattern_where_0_is_dense() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"targets": ["mlp"], "rate_pattern": {".*c_attn": 0.25}},
+            r"rate_pattern\['\.\*c_attn'\] matches no block that",
+        ),
+        ({"exclude_modules": ["h.0.mlp.c_fc"], "rate_pattern": {"h.0.mlp.c_fc": 0.25}}, r"rate_pattern.* matches no"),
+        ({"layers_to_transform": [1], "rate_pattern": {r"h\.0\..*": 0.25}}, r"rate_pattern.* matches no block that"),
+        (
+            {"targets": ["mlp"], "target_modules": ["c_fc", "c_attn"]},
+            r"no module called 'c_attn' is in a block that is",
+        ),
+        (
+            {"rate": {"mlp": 0.5}, "target_modules": ["c_fc", "c_attn"]},
+            r"no module called 'c_attn' is in a block that",
+        ),
+        ({"target_modules": ["c_fc", "lm_head"]}, r"no module called 'lm_head' is in a block that is sliced"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": ["h", "layers"]},
+            r"no list of layers that is called 'layers'",
+        ),
+    ],
+)
+def test_settings_of_blocks_that_stay_dense_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        spans("gpt2", **{"rate": 0.5, **fields})
+
+
+def test_rate_0_by_a_pattern_may_be_named_too() -> None:
+    fields = {"target_modules": ["c_fc", "c_attn"], "rate_pattern": {".*c_attn": 0}}
+    assert list(spans("gpt2", rate=0.5, **fields)) == [f"transformer.h.{i}.mlp.c_fc" for i in (0, 1)]
+
+
 def test_record_is_as_documented() -> None:
     model = get_efx_model(
         BY_NAME["gpt2"].build_with(attn_pdrop=0.1), SliceOutConfig(rate=0.5, layers_to_transform=[0])

@@ -367,3 +367,11 @@ def test_nan_weights_are_named_at_the_first_step() -> None:
     context: Any = step_context(model)
     with pytest.raises(ValueError, match=r"2\.weight: There are NaN magnitudes"):
         context.begin_step(0)
+
+
+def test_l1_on_frozen_weights_is_refused_at_the_first_step() -> None:
+    model = get_efx_model(mlp(), TargetedDropoutConfig(l1=1e-3))
+    model[2].weight.requires_grad_(False)  # pyright: ignore
+    context: Any = step_context(model)
+    with pytest.raises(ValueError, match=r"l1=0.001 can't act on 2.weight, which is frozen .*set l1=0"):
+        context.begin_step(0)

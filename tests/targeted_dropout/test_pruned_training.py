@@ -215,6 +215,36 @@ def test_a_pruned_layer_is_not_factorised() -> None:
     assert efx_record(model)["methods"] == []  # pyright: ignore
 
 
+@pytest.mark.parametrize("way", ["get_efx_model", "put on", "prune", "EfxTrainer"])
+def test_a_flag_whose_zeros_are_gone_is_dropped(way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, first = pruned_gpt2(), "transformer.h.0.mlp.c_fc"
+    dense = {name: value for name, value in gpt2().state_dict().items() if not name.startswith(first)}
+    model.load_state_dict(dense, strict=False)  # all but one layer
+    if way == "get_efx_model":
+        get_efx_model(model)
+    elif way == "put on":
+        get_efx_model(model, LowRankConfig(rank=2, exclude_modules=[first]))
+    elif way == "prune":
+        prune(model, 0.5, target_modules=[first])
+    else:
+        run(EfxTrainer, model, tmp_path, max_steps=1)
+    assert list(efx_record(model)["pruned"]) == [first]  # pyright: ignore
+    assert "h.0.attn.c_attn and 6 more are pruned, but no weight there is zero" in caplog.text
+    assert is_held(model.get_submodule(first)) and not is_held(model.transformer.h[1].mlp.c_fc)
+
+
+def test_without_any_zero_nothing_of_the_flag_stays(tmp_path: Path) -> None:
+    model = pruned_gpt2()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-3  # a hand-written step
+    model.save_pretrained(tmp_path)
+    loaded = get_efx_model(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert efx_record(loaded) is None
+    adapter = peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True, init_lora_weights="pissa")
+    assert efx_record(peft.get_peft_model(model, adapter).merge_and_unload())  # pyright: ignore[reportCallIssue]
+
+
 def test_a_malformed_flag_is_refused() -> None:
     model = gpt2()
     for wrong in ([], {"transformer.h.0.mlp.c_fc": {"mask": 1}}):

@@ -282,7 +282,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         r"target_modules=\['q_proj'\].*no units of GPT2LMHeadModel.*attn.c_attn",
     ),
     "tied": (gpt2, {"target_modules": ["lm_head"]}, r"'lm_head'.*tied \(lm_head.weight, transformer.wte"),
-    "quantised": (quantised, {}, r"quantised \(bitsandbytes\).*prune, then quantise"),
+    "quantised": (quantised, {}, r"quantised \(bitsandbytes\).*quantise at the end"),
     "lora": (
         lambda: peft.get_peft_model(gpt2(), LORA),
         {},

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_efx.core.model.pretrained import weights_were_loaded
 from hf_efx.core.model.record import (
-    QUANT_METHOD,
     EfxConfig,
+    check_pruned,
     check_record,
     efx_record,
     entry_config,
@@ -21,10 +22,11 @@ from hf_efx.core.model.record import (
     plan_for,
     pruned_modules,
     recorded_methods,
+    refuse_foreign,
     write_record,
 )
 from hf_efx.core.model.swap import refuse_offloaded
-from hf_efx.core.model.targets import check_names, warn_of_experts
+from hf_efx.core.model.targets import check_names, warn_of_skipped
 from hf_efx.core.model.weight_view import is_factorised
 from hf_efx.core.model.wrappers import inner_model, refuse_data_parallel
 
@@ -32,6 +34,11 @@ if TYPE_CHECKING:
     from hf_efx.core.model.method_config import EfxMethodConfig
 
 logger = logging.getLogger(__name__)
+
+_ADAPTER = (
+    "put hf_efx on first and the adapter on top, or merge or unload the adapter first. (A low-rank adapter: "
+    "peft.get_peft_model(model, LowRankConfig()).)"
+)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -64,12 +71,15 @@ def get_efx_model(
         record = efx_record(inner)
         if record is None:
             raise ValueError("get_efx_model(model) without configs restores what config.efx names, but there is none.")
-        restore_efx_model(model, record, initialise=True)
+        check_record(record)
+        check_pruned(inner)
+        if record := efx_record(inner):  # else it said nothing but of zeros that are gone
+            restore_efx_model(model, record, initialise=True)
         return model
     methods = (configs if isinstance(configs, EfxConfig) else EfxConfig(configs)).methods
     if not methods:
         raise ValueError("get_efx_model was given an empty list: pass a config, such as LowRankConfig(rank=0.25).")
-    _refuse_foreign(inner)
+    refuse_foreign(inner, adapter=_ADAPTER)
     if any(config.changes_skeleton for config in methods):
         refuse_data_parallel(model, "A method that changes the skeleton")
     if foreign := foreign_methods(inner):
@@ -78,8 +88,9 @@ def get_efx_model(
             ", ".join(entry["method"] for entry in foreign),
         )
     if any(config.target_modules in (None, "all-linear") for config in methods):
-        warn_of_experts(inner)
+        warn_of_skipped(inner)
     plans, kept = _plan_all(inner, methods, pretrained), recorded_methods(inner)
+    check_pruned(inner)
     for config, plan in plans:
         config.apply(inner, plan)
     new = [{"method": c.method, "config": c.method_fields(), "modules": plan} for c, plan in plans]
@@ -114,6 +125,7 @@ def _plan_all(
         for name in plan:
             refuse_offloaded(name, model.get_submodule(name))
         _refuse_pruned(model, config, plan)
+        _refuse_tied(model, config, plan)
         taken.update(dict.fromkeys(plan, config.method))
         plans.append((config, plan))
     return plans
@@ -160,6 +172,20 @@ def _refuse_pruned(model: nn.Module, config: "EfxMethodConfig", plan: dict[str, 
         )
 
 
+def _refuse_tied(model: nn.Module, config: "EfxMethodConfig", plan: dict[str, Any]) -> None:
+    """Raises where transformers would tie what a method has replaced: tie_weights, which loading calls, too."""
+    if not config.changes_skeleton or not isinstance(model, PreTrainedModel):
+        return
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    names = {key.rpartition(".")[0] for pair in tied.items() for key in pair}
+    if found := [name for name in plan if name in names]:
+        raise ValueError(
+            f"{type(config).__name__}: module {found[0]!r} has a weight of its own, but the model's config ties it "
+            f"(tie_word_embeddings), and tie_weights() or loading would undo the factors. Set "
+            f"model.config.tie_word_embeddings=False first, or leave it out with exclude_modules."
+        )
+
+
 def merge_and_unload(model: ModelT) -> ModelT:
     """Takes all methods off: a plain dense model with the same outputs and state-dict keys.
 
@@ -168,7 +194,7 @@ def merge_and_unload(model: ModelT) -> ModelT:
             model is unchanged then.
     """
     inner = inner_model(model)
-    _refuse_foreign(inner)
+    refuse_foreign(inner, adapter=_ADAPTER)
     entries = [(entry_config(e), plan_for(inner, e["modules"])) for e in reversed(recorded_methods(inner))]
     for config, plan in entries:
         if config.changes_skeleton:
@@ -197,18 +223,3 @@ def unload(model: ModelT) -> ModelT:
             config.merge(inner, plan_for(inner, entry["modules"]))
     write_record(inner, kept)
     return model
-
-
-def _refuse_foreign(model: nn.Module) -> None:
-    """Raises where the whole model is in a state that no method may change."""
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"{type(model).__name__} already carries a peft adapter. Put hf_efx on first and the adapter on top, or "
-            f"merge or unload the adapter first. (A low-rank adapter: peft.get_peft_model(model, LowRankConfig()).)"
-        )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD:
-        raise ValueError(
-            f"The model is quantised ({quantizer.quantization_config.quant_method}): its weights are packed integers, "
-            f"which have no factors. Load it without quantization_config first."
-        )

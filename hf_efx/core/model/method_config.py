@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -85,6 +86,21 @@ class EfxMethodConfig(PeftConfig):
                     f"layers_to_transform={self.layers_to_transform!r} has no effect where target_modules is a "
                     f"regular expression ({self.target_modules!r}): put them into it, or list module names."
                 )
+
+        if self.layers_to_transform == []:
+            raise ValueError("layers_to_transform=[] chooses no layer: list some, or leave it out for all of them.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: list the layers, "
+                f"or leave it out."
+            )
+
+    def refuse_inert(self, names: Iterable[str], reason: str) -> None:
+        """Raises ValueError for a field of those named that was set away from its default, and can't act."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in names:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(f"{name}={value!r} has no effect {reason}, or leave it at {defaults[name]!r}.")
 
     def method_fields(self) -> dict[str, Any]:
         """The method's own fields, defaults too, as JSON values: what `config.efx` keeps."""

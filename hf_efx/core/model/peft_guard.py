@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from torch import nn
 
 from hf_efx.core.model.method_config import EfxMethodConfig
-from hf_efx.core.model.pruned import is_held
+from hf_efx.core.model.pruned import has_zeros, is_held
 from hf_efx.core.model.targets import chooses
 from hf_efx.core.model.weight_view import is_factorised
 
@@ -47,7 +47,7 @@ def _ours(model: nn.Module) -> dict[str, str]:
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if is_factorised(layer):
             found[name] = "factorised"
-        elif name in pruned or is_held(layer):
+        elif (name in pruned or is_held(layer)) and has_zeros(layer):
             found[name] = "pruned"
     return found
 

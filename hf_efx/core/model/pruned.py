@@ -95,6 +95,11 @@ def is_held(module: nn.Module) -> bool:
     return "" in getattr(module.__dict__.get(_MARK), "specs", ())
 
 
+def has_zeros(module: Any) -> bool:
+    """Whether some weight of a module is zero, or may be (on the meta device)."""
+    return module.weight.is_meta or bool((module.weight == 0).any())
+
+
 def _zeros_of(module: Any, spec: Mapping[str, Any]) -> list[Zeros]:
     """Where a held module is zero now, tensor by tensor."""
     if spec["follows"] is not None:

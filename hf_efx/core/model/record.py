@@ -14,6 +14,7 @@ This file must not import peft: transformers' loading imports it.
 import copy
 import difflib
 import importlib
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,15 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_efx.core.model.pruned import hold
+from hf_efx.core.model.pruned import has_zeros, hold
 from hf_efx.core.model.weight_view import is_factorised
 from hf_efx.core.model.wrappers import transformers_models, unwrap_model
 from hf_efx.registry import METHODS
 
 if TYPE_CHECKING:
     from hf_efx.core.model.method_config import EfxMethodConfig
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "hf_efx"
@@ -60,6 +63,18 @@ class EfxConfig(QuantizationConfigMixin):
                     f"EfxConfig: {config!r} is no config of an hf_efx method. {_what_to_write(config)}; LoRA and "
                     f"other peft configs go on top, with peft.get_peft_model."
                 )
+
+    @property
+    def base_model_name_or_path(self) -> Any:
+        """What peft.get_peft_model asks a config for first.
+
+        Raises:
+            ValueError: Always: this is no adapter of peft.
+        """
+        raise ValueError(
+            "peft.get_peft_model takes no EfxConfig: call hf_efx.get_efx_model(model, EfxConfig([...])), or pass a "
+            "single LowRankConfig to train it as an adapter of peft."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form for `config.quantization_config`: the methods themselves stand in `config.efx`."""
@@ -183,6 +198,23 @@ def refuse_foreign_methods(model: nn.Module) -> None:
         )
 
 
+def refuse_foreign(model: nn.Module, adapter: str) -> None:
+    """Raises ValueError for a model with an adapter of peft on it, or one whose weights are quantised.
+
+    Args:
+        model: The model.
+        adapter: The way out of the first.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"{type(model).__name__} already carries a peft adapter: {adapter}")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD:
+        raise ValueError(
+            f"The model is quantised ({quantizer.quantization_config.quant_method}): its weights are packed integers. "
+            f"Load it without quantization_config, and quantise at the end."
+        )
+
+
 def _keeper(model: nn.Module) -> nn.Module:
     found = list(transformers_models(model).values())
     return found[0] if len(found) == 1 else unwrap_model(model)
@@ -288,6 +320,26 @@ def hold_pruned(model: nn.Module) -> None:
         _hold(model, flagged)
 
 
+def check_pruned(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The pruned modules, whose names alone `config.efx` keeps, with a log line where others lose theirs.
+
+    Dense weights that were loaded, or written by hand, over pruned ones leave the flag behind.
+
+    Raises:
+        ValueError: If the record names modules that the model lacks.
+    """
+    there = pruned_modules(model)
+    if gone := [name for name in _flagged(model) if name not in there]:
+        logger.warning(
+            "config.efx says that %s%s pruned, but no weight there is zero: others were written or loaded since, and "
+            "that entry goes. To prune them again call hf_efx.prune.",
+            *(gone[0], f" and {len(gone) - 1} more are" if gone[1:] else " is"),
+        )
+        write_record(model, (efx_record(model) or {"methods": []})["methods"], there)
+        _hold(_keeper(model), there)
+    return there
+
+
 def mark_pruned(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
     """Writes into `config.efx` which modules are pruned (see pruned.py), and holds their zeros; {} ends both."""
     write_record(model, recorded_methods(model), modules)
@@ -304,12 +356,11 @@ def _hold(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
 def pruned_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The modules that `config.efx` says are pruned, under the names that they have in this model.
 
-    Those without a zero aren't: the config came from another model.
+    Those without a zero aren't: the config came from another model, or dense weights were loaded since.
     """
     result = {}
     for name, spec in _flagged(model).items():
-        weight: Any = _keeper(model).get_submodule(spec.get("follows", name)).weight
-        if weight.is_meta or bool((weight == 0).any()):
+        if has_zeros(_keeper(model).get_submodule(spec.get("follows", name))):
             result[name] = spec
     return result
 

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from hf_efx.core.model.weight_view import DENSE_TYPES, is_factorised
 from hf_efx.core.model.wrappers import inner_model
@@ -32,7 +33,8 @@ def default_targets(model: nn.Module) -> list[str]:
     """
     model = inner_model(model)
     layers = {name: m for name, m in model.named_modules() if type(m) in DENSE_TYPES}
-    skipped = {name for name, m in layers.items() if unsuitable(model, name, m)}
+    owners = weight_owners(model)
+    skipped = {name for name, m in layers.items() if unsuitable(model, name, m, owners)}
     skipped |= _heads(model, layers)
     skipped |= set([name for name, m in layers.items() if isinstance(m, nn.Conv2d)][:1])
     return [name for name in layers if name not in skipped]
@@ -53,8 +55,34 @@ def _heads(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
     }
 
 
-def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Why no method may change this module, None if it may."""
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter, by its id: several where it is tied."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _is_parametrised(module: nn.Module) -> bool:
+    """Whether a layer's weight is computed: by torch's parametrizations, or by pruning and older norms."""
+    if is_parametrized(module):
+        return issubclass(type(module), DENSE_TYPES)
+    return type(module) in DENSE_TYPES and "weight" not in module._parameters
+
+
+def unsuitable(
+    model: nn.Module, name: str, module: nn.Module, owners: dict[int, list[str]] | None = None
+) -> str | None:
+    """Why no method may change this module, None if it may.
+
+    Args:
+        model: The model.
+        name: The module's name in it.
+        module: The module.
+        owners: `weight_owners` of the model, for who asks about many modules; None finds them.
+    """
+    if _is_parametrised(module):
+        return "its weight is no parameter (weight norm, spectral norm and pruning compute it): remove that first"
     if type(module) not in DENSE_TYPES:
         if hasattr(module, "base_layer"):
             return "peft has already adapted it: merge that adapter first, or put hf_efx on first and LoRA on top"
@@ -64,8 +92,6 @@ def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str | None:
             return f"{method} acts on it already: part the two by target_modules, or call hf_efx.unload(model) first"
         kind = type(module).__name__
         return f"it is a {kind}, not a plain Linear, Conv1D or Conv2d (quantised or custom layers aren't)"
-    if "weight" not in module._parameters:
-        return "its weight is no parameter (weight norm, spectral norm and pruning compute it): remove that first"
     own_forward = vars(module).get("_old_forward", vars(module).get("forward"))  # the former under accelerate's hooks
     if own_forward is not None and getattr(own_forward, "__func__", None) is not type(module).forward:
         return "its forward was replaced on the instance, and would go on to read a dense weight"
@@ -79,9 +105,9 @@ def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str | None:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, _FUSED_PARENTS):
         return f"its parent {type(parent).__name__} reads its weight in a fused kernel"
-    owners = {n for n, p in model.named_parameters(remove_duplicate=False) if p is weight}
-    if len(owners) > 1:
-        return f"its weight is tied ({', '.join(sorted(owners))}): changing one side would break the tie silently"
+    names = (weight_owners(model) if owners is None else owners).get(id(weight), [])
+    if len(names) > 1:
+        return f"its weight is tied ({', '.join(sorted(names))}): changing one side would break the tie silently"
     return None
 
 
@@ -110,10 +136,32 @@ def match_targets(
         names = _chosen_by_default(model, config)
     else:
         names = [name for name in layers if name and chooses(config, name)]
-    found = {name: layers[name] for name in names if name in layers and _changeable(model, config, name, layers[name])}
+    owners = weight_owners(model)
+    found = {n: layers[n] for n in names if n in layers and _changeable(model, config, n, layers[n], owners)}
     if not found:
         raise ValueError(_nothing_matches(model, config))
+    check_entries(config, found, "in the layers to transform, or left to them by modules_to_save")
     return found
+
+
+def check_entries(config: Any, chosen: Iterable[str], which: str) -> None:
+    """Refuses an entry of target_modules that stands for none of the chosen modules, unless it is excluded by name.
+
+    Args:
+        config: A method's config.
+        chosen: Names of those modules.
+        which: What such a module must be.
+
+    Raises:
+        ValueError: The entry.
+    """
+    names, entries = list(chosen), config.target_modules
+    for entry in entries if isinstance(entries, list) else ():
+        if not _under(entry, names) and entry not in (config.exclude_modules or ()):
+            raise ValueError(
+                f"{type(config).__name__}: target_modules={entries!r}: no module called {entry!r} is {which}, so it "
+                f"would have no effect. Take it out, or choose others there."
+            )
 
 
 def chooses(config: PeftConfig, name: str) -> bool:
@@ -144,13 +192,15 @@ def _chosen_by_default(model: nn.Module, config: PeftConfig) -> list[str]:
     return [name for name in names if chooses(options, name)]
 
 
-def _changeable(model: nn.Module, config: PeftConfig, name: str, module: nn.Module) -> bool:
+def _changeable(
+    model: nn.Module, config: PeftConfig, name: str, module: nn.Module, owners: dict[int, list[str]]
+) -> bool:
     """Whether a chosen module is a layer; containers, which a pattern such as ".*mlp.*" also matches, aren't.
 
     Raises:
         ValueError: If it is a layer that no method may change.
     """
-    reason = unsuitable(model, name, module)
+    reason = unsuitable(model, name, module, owners)
     if reason and _is_layer(module):
         raise ValueError(
             f"{type(config).__name__}: module {name!r} can't be changed, since {reason}. Leave it out with "
@@ -164,7 +214,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def check_names(model: nn.Module, config: Any) -> None:
-    """Refuses names in target_modules, exclude_modules and layers_to_transform that match nothing in the model.
+    """Refuses names in target_modules and the three fields beside it that match nothing in the model.
 
     Beside others that match they would be settings that silently aren't there.
 
@@ -192,6 +242,13 @@ def check_names(model: nn.Module, config: Any) -> None:
         for entry in value:
             if not _under(entry, layers):
                 raise ValueError(f"{who}: {field}={value!r}: {_no_layer(model, entry, layers)}")
+    patterns = config.layers_pattern or ()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not any(re.search(rf"(^|\.){pattern}\.\d+\.", name) for name in layers):
+            raise ValueError(
+                f"{who}: layers_pattern={config.layers_pattern!r}: {type(model).__name__} has no list of layers that "
+                f"is called {pattern!r}, such as 'h' in {layers[0]!r}."
+            )
     indices = config.layers_to_transform
     for index in [indices] if isinstance(indices, int) else indices or ():
         if not any(str(index) in name.split(".") for name in layers):
@@ -226,16 +283,24 @@ def _nothing_matches(model: nn.Module, config: Any) -> str:
     )
 
 
-def warn_of_experts(model: nn.Module) -> None:
-    """Warns where much of a model lies in three-dimensional weights, which no method reaches.
+def warn_of_skipped(model: nn.Module) -> None:
+    """Warns of layers with a computed weight, and of much in three-dimensional weights: no method reaches either.
 
-    Those are the experts of mixture models (Mixtral and others hold them as parameters [experts, out, in], not as
+    The latter are the experts of mixture models (Mixtral and others hold them as parameters [experts, out, in], not as
     Linear modules) and Conv1d layers. Call it once where default targets are taken.
 
     Args:
         model: The model.
     """
     model = inner_model(model)
+    computed = [name for name, module in model.named_modules() if _is_parametrised(module)]
+    if computed:
+        logger.warning(
+            "Left alone by default, since weight norm, spectral norm or pruning computes their weights: %s. Make them "
+            "plain first (torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove): "
+            "transformers couldn't load such a model from a checkpoint either.",
+            ", ".join(computed),
+        )
     # A first dimension of 1 is a position embedding's, or a factor's.
     stacked = [p.numel() for p in model.parameters() if p.dim() == 3 and p.shape[0] > 1]
     share = sum(stacked) / max(1, sum(p.numel() for p in model.parameters()))

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import EvalResult
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import CONFIG_NAME
 
 from hf_efx.core.model.adapter import efx_record, hold_pruned, restore_efx_model
-from hf_efx.core.model.record import config_class, entry_config, recorded_methods, refuse_foreign_methods
+from hf_efx.core.model.record import check_pruned, config_class, entry_config, recorded_methods, refuse_foreign_methods
 from hf_efx.core.results.card import write_model_card
 from hf_efx.core.training.arguments import EfxArgumentsMixin
 from hf_efx.core.training.checkpoints import explain_incomplete, explained_write_errors, last_complete_checkpoint
@@ -82,6 +82,7 @@ class EfxTrainerMixin(_Base):
         """
         self._resume_from = self._resume_point(resume_from_checkpoint)
         self._pending_metrics = None  # of a run that ended with an exception
+        self._take_changed_arguments()
         try:
             if self._resume_from is not None and self.model is not None and self.model_init is None:
                 self._match_structure(self.model, self._resume_from, fresh=self.optimizer is None)
@@ -98,6 +99,18 @@ class EfxTrainerMixin(_Base):
             self._resume_from = None
             for callback in self._step_context_callbacks():  # it may serve another Trainer next
                 callback.checkpoint, callback.saves = None, True
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the base class, which calls it once it has drawn its random numbers by the seed."""
+        super().create_accelerator_and_postprocess()
+        self._seed_in_use = self.args.seed
+
+    def _take_changed_arguments(self) -> None:
+        """Lets a seed and a batch size act that were set on `args` since the base class read them."""
+        if self.args.seed != self._seed_in_use:
+            set_seed(self.args.seed)
+        if not self.args.auto_find_batch_size:  # else a smaller one was found
+            self._train_batch_size = self.args.train_batch_size
 
     def end(self) -> None:
         """Ends trackers and the process group, as the base class does; the model stays.
@@ -119,7 +132,9 @@ class EfxTrainerMixin(_Base):
         return model
 
     def _hold_pruned(self, model: nn.Module) -> None:
-        """Keeps a pruned model pruned, as `config.efx` says."""
+        """Keeps a pruned model pruned, as `config.efx` says; a checkpoint's flag comes before its weights."""
+        if self._resume_from is None:
+            check_pruned(model)
         if "pruned" in (efx_record(model) or {}) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "The model is pruned (config.efx), but FSDP and DeepSpeed flatten or shard its weights, so that their "
@@ -318,7 +333,6 @@ class EfxTrainerMixin(_Base):
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PreTrainedModel):
             return super().create_model_card(model_name=model_name, **details)
-        details.setdefault("dataset", details.pop("dataset_name", None))  # trl's name for it
         details["dataset"] = details.pop("dataset_name", details.get("dataset"))  # trl's name for it
         summary = TrainingSummary.from_trainer(self, model_name=model_name, **details)
         metadata = summary.create_metadata()

@@ -11,6 +11,7 @@ import torch
 from accelerate import cpu_offload
 from matrix import ARCHITECTURES
 from torch import nn
+from torch.nn.utils import prune
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_efx import (
@@ -27,6 +28,10 @@ from hf_efx.core.model.adapter import efx_record
 from hf_efx.low_rank.layers import FactorisedConv2d, FactorisedLinear
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+
+
+def pruned_by_torch(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 0.5)
 
 
 def gpt2() -> Any:
@@ -186,7 +191,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "lora": (
         lambda: peft.get_peft_model(linears(), peft.LoraConfig(target_modules=["second"])),
         NAMED,
-        r"already carries a peft adapter. Put hf_efx on first",
+        r"already carries a peft adapter: put hf_efx on first",
     ),
     "lora inside": (
         lambda: peft.get_peft_model(linears(), peft.LoraConfig(target_modules=["second"])).base_model.model,
@@ -382,3 +387,29 @@ def test_layers_left_dense_are_named_in_the_log(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING, "hf_efx"):
         get_efx_model(model, LowRankConfig(rank=3))
     assert plan(model) == ["first"] and "factors of an all-zero weight would never train: second" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "compute", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, pruned_by_torch]
+)
+def test_layers_whose_weight_is_computed_are_named(compute: Any, caplog: pytest.LogCaptureFixture) -> None:
+    layers = [compute(nn.Linear(16, 16)), nn.Linear(16, 16), nn.Linear(16, 2)]
+    with pytest.raises(ValueError, match="module '0' can't be changed, since its weight is no parameter"):
+        get_efx_model(nn.Sequential(*layers), LowRankConfig(target_modules=["0", "1"]))
+    with caplog.at_level("WARNING", "hf_efx"):
+        model = get_efx_model(nn.Sequential(*layers), LowRankConfig())
+    assert list(efx_record(model)["methods"][0]["modules"]) == ["1"]  # pyright: ignore
+    assert caplog.text.count("computes their weights: 0. Make them plain first") == 1
+
+
+def test_a_head_that_the_config_ties_is_not_factorised() -> None:
+    model: Any = gpt2()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    config = LowRankConfig(target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="'lm_head' has a weight of its own, but the model's config ties it"):
+        get_efx_model(model, config)
+    model.config.tie_word_embeddings = False
+    get_efx_model(model, config)
+    factors = model.lm_head.weight
+    model.tie_weights()
+    assert model.lm_head.weight is factors and factors.dim() == 3

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import peft
 import pytest
 from matrix import ARCHITECTURES
 
@@ -78,6 +79,14 @@ NAMES: dict[str, tuple[dict[str, Any], str]] = {
         {"target_modules": ["c_fc.weight"]},
         r"'c_fc.weight' is a parameter of shape \(32, 128\), not a mod",
     ),
+    "of another layer": (
+        {"target_modules": ["h.0.attn.c_proj", "mlp.c_fc"], "layers_to_transform": [1]},
+        r"no module called 'h.0.attn.c_proj' is in",
+    ),
+    "list of layers": (
+        {"layers_to_transform": [1], "layers_pattern": "layer"},
+        r"no list of layers .* called 'layer'",
+    ),
     "one of two layers": ({"layers_to_transform": [1, 7]}, r"layers_to_transform=\[1, 7\]: 7 matches no module"),
 }
 
@@ -100,3 +109,45 @@ def test_every_field_is_kept_so_that_a_changed_default_changes_no_checkpoint(con
     assert list(kept) == fields_of(config) and not {"peft_type", "task_type"} & kept.keys()
     assert json.loads(json.dumps(kept)) == kept and config(**kept).method_fields() == kept
     assert config().changed_fields() == {} and config(**kept, task_type="CAUSAL_LM").changed_fields() == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "words"),
+    [
+        (TargetedDropoutConfig, {"rate": 0.0}, r"rate=0 drops nothing: raise it, or set l1"),
+        (TargetedDropoutConfig, {"rate": 0.0, "l1": 0.1, "targeting": 0.5}, r"targeting=0.5 has no effect at rate=0"),
+        (TargetedDropoutConfig, {"rate": 0.0, "l1": 0.1, "ramp": "paper"}, r"ramp='paper' has no effect at rate=0"),
+        (TargetedDropoutConfig, {"rate": 0.0, "l1": 0.1, "refresh_every": 1}, r"refresh_every=1 has no effect"),
+        (TargetedDropoutConfig, {"rate": 0.0, "l1": 0.1, "selection": "random"}, r"selection='random' has no effect"),
+        (TargetedDropoutConfig, {"ramp_steps": 5}, r"ramp_steps=5 has no effect at ramp='none': set ramp='linear'"),
+        (
+            TargetedDropoutConfig,
+            {"selection": "random", "targeting": 0.5},
+            r"targeting=0.5 .*set selection='targeted'",
+        ),
+        (TargetedDropoutConfig, {"selection": "random", "refresh_every": 1}, r"refresh_every=1 has no effect"),
+        (LowRankConfig, {"spectral_ones_scale": "rms"}, r"spectral_ones_scale='rms' .*set init='spectral_ones'"),
+        (LowRankConfig, {"rank": "auto", "parameter_budget": 0.5, "only_if_smaller": False}, r"only_if_smaller=False"),
+        (LowRankConfig, {"modules_to_save": ["nope"]}, r"modules_to_save=\['nope'\]: 'nope' matches no module"),
+        (LowRankConfig, {"layers_pattern": "h"}, r"layers_pattern='h' has no effect without layers_to_transform"),
+        (LowRankConfig, {"layers_to_transform": []}, r"layers_to_transform=\[\] chooses no layer"),
+        (SliceOutConfig, {"targets": ["mlp"], "attention": "head_dim"}, r"attention='head_dim' .*add 'attention'"),
+        (SliceOutConfig, {"targets": ["mlp", "conv"]}, r"targets=\('mlp', 'conv'\) has no effect on GPT2LMHeadModel"),
+        (SliceOutConfig, {"rate": {"mlp": 0.5, "conv": 0.5}}, r"'conv' has no effect on GPT2LMHeadModel"),
+    ],
+)
+def test_a_setting_that_cannot_act_is_refused(config: Any, fields: dict[str, Any], words: str) -> None:
+    model = GPT2.build()
+    with pytest.raises(ValueError, match=words):
+        get_efx_model(model, config(**fields))
+    assert efx_record(model) is None
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_with_every_field_at_its_default_is_taken(config: Any) -> None:
+    assert config(**config().method_fields()).method_fields() == config().method_fields()
+
+
+def test_peft_is_told_where_a_list_of_configs_goes() -> None:
+    with pytest.raises(ValueError, match=r"takes no EfxConfig: call hf_efx.get_efx_model"):
+        peft.get_peft_model(GPT2.build(), EfxConfig([LowRankConfig()]))  # pyright: ignore

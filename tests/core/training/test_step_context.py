@@ -222,7 +222,9 @@ def test_resume_gives_the_same_trace(tmp_path, restore_callbacks, caplog):
     state = json.loads((tmp_path / "cut/checkpoint-4/trainer_state.json").read_text())
     assert state["stateful_callbacks"]["hf_efx.step_context"] == {"seed": 5, "step": 3}
     # The checkpoint's seed wins over another one given by mistake, which is said.
-    resumed, _ = run(tmp_path / "cut", seed=6, resume=True, restore_callback_states_from_checkpoint=restore_callbacks)
+    resumed, _ = run(
+        tmp_path / "cut", seed=6, resume=True, restore_callback_states_from_checkpoint=restore_callbacks
+    )
     assert resumed.drop.masks == whole.drop.masks[12:]
     assert "seed=5, not 6" in caplog.text
     for mine, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):

@@ -185,7 +185,9 @@ def test_resume_restores_the_checkpoints_structure(low_rank_run, tmp_path, by):
     if by == "model":
         trainer = trainer_for(tmp_path / "run", gpt2(seed=1))
     else:
-        trainer = EfxTrainer(args=arguments(tmp_path / "run"), train_dataset=rows(), model_init=lambda: gpt2(seed=1))
+        trainer = EfxTrainer(
+            args=arguments(tmp_path / "run"), train_dataset=rows(), model_init=lambda: gpt2(seed=1)
+        )
     assert not any("factor_v" in name for name in trainer.model.state_dict())
     trainer.train(resume_from_checkpoint=True)
     assert_same(weights(trainer.model), expected)
