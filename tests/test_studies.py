@@ -231,6 +231,7 @@ def test_the_gpu_benchmark_needs_no_datasets_and_writes_what_is_timed(tmp_path, 
         *("reproduce/slice_out.py", "benchmarks/slice_out.py"),
         *("reproduce/targeted_dropout.py", "benchmarks/targeted_dropout.py"),
         *("reproduce/prunability.py", "benchmarks/prunability.py"),
+        *("reproduce/mc_dropout.py", "benchmarks/mc_dropout.py"),
     ],
 )
 def test_smoke_run(program, tmp_path):

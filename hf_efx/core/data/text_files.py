@@ -243,8 +243,8 @@ def cut_splits(parts: dict[str, Dataset], column: str, source: str | os.PathLike
     if not (splits == "train").any():
         kind, way = ("document", ", or sample_by='line'") if column == "text" else ("pair", "")
         raise ValueError(
-            f"source={source!r} holds one {kind}, too little for a validation split: give more text, a validation file, "
-            f"a `split` column{way}"
+            f"source={source!r} holds one {kind}, too little for a validation split: give more text, a validation "
+            f"file, a `split` column{way}"
         )
     cut = {name: train.select(np.flatnonzero(splits == name)) for name in np.unique(splits)}
     return ordered_splits({**parts, **cut})
