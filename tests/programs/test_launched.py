@@ -125,11 +125,11 @@ def test_to_the_hub_and_back(hub: Any, run_python: Any, images: str, text: str, 
     pushed: list[tuple[str, list[str]]] = [
         ("low_rank", [*GPT2, *SHORT, "--dataset", text, "--push_to_hub", "--hub_model_id", "tester/program"]),
         ("rho_loss.irreducible_main", [*noisy, *CHOOSE[2:], *QUIET, "--push_table_to", "tester/rho-table"]),
-        ("rho_loss", [*noisy, *CHOOSE[:2], *SHORT, "--irreducible_losses", "tester/rho-table", "--compare", "uniform"]),
+        ("rho_loss", [*noisy, *CHOOSE[:2], *SHORT, "--irreducible_losses", "tester/rho-table"]),
         ("goldiprox", [*noisy, *select, *SHORT, "--do", "select", "--push_sequence_to", "tester/gp"]),
         ("goldiprox", [*noisy, *CHOOSE, *SHORT, "--do", "replay", "--sequence", "tester/gp"]),
     ]
-    pushed[2][1].extend(["--push_to_hub", "--hub_model_id", "tester/rho-model"])
+    pushed[2][1].extend(["--compare", "uniform", "--push_to_hub", "--hub_model_id", "tester/rho-model"])
     folders = [tmp_path / str(i) for i in range(len(pushed))]
     for (_, argv), folder in zip(pushed, folders, strict=True):
         argv += ["--output_dir", str(folder)]
