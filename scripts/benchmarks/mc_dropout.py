@@ -26,7 +26,7 @@ from transformers import MarianConfig, MarianMTModel
 
 from hf_efx import dropout_active, sample_generate
 from hf_efx.core.results.evidence import claim, figures, print_results, public_command, write_results
-from hf_efx.core.scoring import sampling
+from hf_efx.core.scoring import decoding, sampling
 from hf_efx.mc_dropout import pairwise_bleu
 
 HERE = Path(__file__).parent
@@ -108,6 +108,8 @@ def sources(model: MarianMTModel, count: int, seed: int) -> dict[str, torch.Tens
 class _TorchMasks(contextlib.AbstractContextManager):
     """Stands in for `KeyedDropout`, and leaves dropout to torch."""
 
+    device = torch.device("cpu")
+
     def __init__(self, *_: Any) -> None: ...
 
     def __exit__(self, *_: Any) -> None: ...
@@ -118,14 +120,14 @@ class _TorchMasks(contextlib.AbstractContextManager):
 
 
 @contextlib.contextmanager
-def replaced(name: str, value: Any) -> Iterator[None]:
-    """Gives `sampling` another part for a while."""
-    kept = getattr(sampling, name)
-    setattr(sampling, name, value)
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives a module another part for a while."""
+    kept = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(sampling, name, kept)
+        setattr(module, name, kept)
 
 
 def ways(model: MarianMTModel, inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]]:
@@ -133,8 +135,8 @@ def ways(model: MarianMTModel, inputs: dict[str, torch.Tensor]) -> dict[str, Cal
     repeated = {name: value.repeat_interleave(SAMPLES, 0) for name, value in inputs.items()}
     common: dict[str, Any] = {"max_new_tokens": LONGEST}
 
-    def ours(**more: Any) -> Any:
-        return sample_generate(model, inputs, SAMPLES, **common, **more)
+    def ours() -> Any:
+        return sample_generate(model, inputs, SAMPLES, **common)
 
     def calls() -> None:
         with dropout_active(model):
@@ -146,11 +148,13 @@ def ways(model: MarianMTModel, inputs: dict[str, torch.Tensor]) -> dict[str, Cal
             model.generate(**repeated, **common, num_beams=1, do_sample=False)
 
     def torch_masks() -> None:
-        with replaced("KeyedDropout", _TorchMasks):
+        with replaced(sampling, "KeyedDropout", _TorchMasks):
             ours()
 
-    everything = list(range(model.config.vocab_size))
-    kept = lambda: ours(prefix_allowed_tokens_fn=lambda row, tokens: everything)  # noqa: E731
+    def kept() -> None:
+        with replaced(decoding, "_FINISHED", 2.0):  # a share of finished rows that is never reached
+            ours()
+
     return dict(zip(WAYS, (ours, calls, repetition, kept, torch_masks), strict=True))
 
 
