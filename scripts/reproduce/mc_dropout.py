@@ -251,7 +251,9 @@ def training(options: argparse.Namespace) -> list[str]:
     from hf_efx.core.results.evidence import machine
 
     given = ["--dataset", options.data, "--source_column", "de", "--target_column", "en"] if options.data else []
-    more: dict[str, Any] = {"warmup_steps": 300, "max_eval_examples": 400} if options.data else {"max_eval_examples": 100}
+    more: dict[str, Any] = (
+        {"warmup_steps": 300, "max_eval_examples": 400} if options.data else {"max_eval_examples": 100}
+    )
     if options.data and "bf16" in machine()["cpu units"]:
         more["bf16"] = "true"
     more |= {"max_steps": options.steps, "save_steps": 100, "save_total_limit": 2, "report_to": "none"}
