@@ -5,7 +5,6 @@
 pipeline are built on it.
 """
 
-import copy
 import dataclasses
 import math
 import re
@@ -20,8 +19,10 @@ from transformers import GenerationConfig
 
 from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.decoding import (
+    DRAWING,
     at_least_float,
     drawn_tokens,
+    generate_by,
     generation_config,
     reads_padding,
     teacher_forcing,
@@ -41,7 +42,6 @@ from hf_efx.mc_dropout.sources import SourceReader
 
 EMPTY, CUT, UNFINISHED = "empty source", "source truncated", "translation unfinished"
 _LOGITS = 2**25  # numbers that a pass over answers may hold
-_DRAWING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Translator:
 
     def _answer_config(self) -> tuple[GenerationConfig, dict[str, Any]]:
         """The generation config of answers, and what `generate` takes beside it."""
-        given = {name: value for name, value in self._given.items() if name not in _DRAWING}
+        given = {name: value for name, value in self._given.items() if name not in DRAWING}
         own = base_model(self.model).generation_config.num_beams
         beams = self.options.num_beams or getattr(given.get("generation_config"), "num_beams", None) or own or 1
         limit = self.options.max_new_tokens or 1
@@ -221,10 +221,11 @@ class Translator:
         tokenizer = self._reader.tokenizer
         rest = {**rest, "tokenizer": tokenizer} if config.stop_strings else rest
         with scoring_state(self._inner, "eval"):
-            sequences = self._inner.generate(**inputs, generation_config=copy.copy(config), **rest)
+            sequences = generate_by(config, self._inner, **inputs, **rest)
         prompt = 1 if self._reader.encoder_decoder else inputs["input_ids"].shape[1]
         tokens = sequences[:, prompt:]
         mask, ends, starts = drawn_tokens(self._inner, config, tokens, prompt)
+        mask |= ~mask.any(1, keepdim=True)  # all was forced, or padding
         last = int(config.max_new_tokens or 0) - (config.forced_eos_token_id is not None)
         rows = [row[start:end] for row, start, end in zip(tokens.tolist(), starts, ends, strict=True)]
         texts = tokenizer.batch_decode(rows, skip_special_tokens=True)

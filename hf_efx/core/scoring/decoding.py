@@ -45,6 +45,9 @@ _BY_ROW = {
     stopping_criteria.MaxTimeCriteria,
     stopping_criteria.EosTokenCriteria,
 }
+_LIMITS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}  # of columns, and of steps
+# What belongs to `do_sample=True`.
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _COUNTS_PADDING = ("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty")
 _FINISHED = 0.25  # the share of finished rows from which leaving them out is worth the copies
 
@@ -64,8 +67,12 @@ def generation_config(model: Any, given: Mapping[str, Any], tokenizer: Any) -> t
     if kwargs.get("num_return_sequences") not in (None, 1):
         raise ValueError("num_return_sequences: the samples of an input are num_samples; leave it out")
     config = copy.deepcopy(kwargs.pop("generation_config", None) or GenerationConfig())
-    config.num_beams, config.do_sample = config.num_beams or 1, bool(config.do_sample)
-    config.update(defaults_only=True, allow_custom_entries=True, **base_model(model).generation_config.to_dict())
+    config.num_beams = kwargs.get("num_beams") or config.num_beams or 1
+    config.do_sample = bool(kwargs.get("do_sample", config.do_sample))
+    idle = () if config.do_sample else DRAWING
+    idle += () if config.num_beams > 1 else ("early_stopping", "length_penalty")
+    own = {name: x for name, x in base_model(model).generation_config.to_dict().items() if name not in idle}
+    config.update(defaults_only=True, allow_custom_entries=True, **own)
     rest = config.update(**kwargs)
     # Nothing of it is handed on, and scores of all steps take memory.
     config.update(num_return_sequences=1, return_dict_in_generate=False, output_scores=False, output_logits=False)
@@ -80,7 +87,7 @@ def generation_config(model: Any, given: Mapping[str, Any], tokenizer: Any) -> t
         if config.pad_token_id is None:
             config.pad_token_id = _as_list(config.eos_token_id)[0]
             logger.info("%s has no pad token: its end token pads, on the left", type(base).__name__)
-        for columns, steps in {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}.items():
+        for columns, steps in _LIMITS.items():
             if getattr(config, columns) and getattr(config, steps) is None:
                 raise ValueError(
                     f"{columns}={getattr(config, columns)} counts the prompt and the batch's padding in a "
@@ -144,15 +151,28 @@ def decode_rows(
     """
     if config.num_beams == 1 and not config.stop_strings:
         loop = functools.partial(_decode, keyed=keyed)
-        return model.generate(**inputs, generation_config=config, custom_generate=loop, **kwargs)
+        return generate_by(config, model, **inputs, custom_generate=loop, **kwargs)
     if "decoder_input_ids" in inputs:
         raise ValueError("decoder_input_ids: beam search and stop_strings take no start of the decoder's side here")
     options = {**kwargs, "tokenizer": tokenizer} if config.stop_strings else kwargs
-    sequences = model.generate(**inputs, generation_config=config, **options)
+    sequences = generate_by(config, model, **inputs, **options)
     prompt = 1 if base_model(model).config.is_encoder_decoder else inputs["input_ids"].shape[1]
     logits = at_least_float(model(**teacher_forcing(model, inputs, sequences)).logits)[:, prompt - 1 :]
     tokens = sequences[:, prompt:]
     return Decoded(tokens, _log_prob(logits, tokens), logits[:, 0], prompt)
+
+
+def generate_by(config: GenerationConfig, model: Any, **kwargs: Any) -> Any:
+    """`model.generate` by this config alone: the model's own would be warned of where the two differ."""
+    config, base = copy.copy(config), base_model(model)
+    for columns, steps in _LIMITS.items():
+        if getattr(config, steps) is not None:
+            setattr(config, columns, None)
+    kept, base.generation_config = base.generation_config, config
+    try:
+        return model.generate(generation_config=config, **kwargs)
+    finally:
+        base.generation_config = kept
 
 
 def drawn_tokens(
