@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 from transformers import GenerationConfig
-from mc_dropout.translators import POSITIONS, SOURCES, built, model_of, tokenizer_of
 
 from hf_efx.core.scoring.sampling import sample_forward, sample_generate
 from hf_efx.mc_dropout import TranslationOptions, Translator, bleuvar, token_statistics
 from hf_efx.mc_dropout.sources import text_id
+from mc_dropout.translators import POSITIONS, SOURCES, built, model_of, tokenizer_of
 
 TOKENS = ["bleuvar", "beam_score", "sequence_probability", "token_entropy", "mutual_information", "epkl"]
 LANGUAGES = {
@@ -74,7 +74,7 @@ def test_rows_depend_on_no_batch(kind, tmp_path):
     tokenizer = tokenizer_of({"bart": "marian", "t5": "marian"}.get(kind, kind), tmp_path / "tokenizer")
     forced = {"forced_bos_token_id": 5, "forced_eos_token_id": 0} if kind == "bart" else {}
     made = model_of({"nllb": "m2m100"}.get(kind, kind), tokenizer, **forced), tokenizer
-    given = {**LANGUAGES.get(kind, {}), "num_beams": 2 if kind in ("bart", "gpt2") else None}
+    given = {**LANGUAGES.get(kind, {}), "num_beams": 2 if kind in ("bart", "gpt2") else None, "max_new_tokens": 8}
     whole = translate(made, **given)
     assert len({text for row in whole for text in row.samples}) > 3
     turned = translate(made, SOURCES[::-1], max_batch_rows=4, **given)

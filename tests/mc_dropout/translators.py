@@ -48,7 +48,7 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def tokenizer_of(kind: str, folder: Path, codes: list[str] | None = None) -> Any:
-    """A tokenizer: of Marian's with those language codes among its tokens, of mBART's and NLLB's with all of theirs."""
+    """A tokenizer: Marian's with those language codes too, mBART's and NLLB's with all of theirs."""
     if kind in ("gpt2", "llama"):
         return byte_tokenizer()
     if kind in ("mbart", "nllb"):
