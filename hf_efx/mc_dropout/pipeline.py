@@ -1,5 +1,6 @@
 """The pipeline `translation-with-uncertainty`: `import hf_efx`, then `transformers.pipeline` knows it."""
 
+import copy
 import inspect
 import os
 from pathlib import Path
@@ -48,10 +49,18 @@ class TranslationWithUncertaintyPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.tokenizer is None:
+            raise ValueError(f"{TASK} needs the model's tokenizer: give tokenizer=.")
+        if self.tokenizer.pad_token is None:  # without one the base class would refuse batches
+            self.tokenizer = copy.deepcopy(self.tokenizer)
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         given = self._forward_params.get("defer_above")
         self.threshold = given if isinstance(given, DeferralThreshold) else saved_threshold(self.model)
         self._made: tuple[Any, Translator, float | None] | None = None
         self._settings(self._forward_params)  # what can't work is said now
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, *args, **kwargs)
 
     def _sanitize_parameters(self, **given: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, given, {}
@@ -100,8 +109,7 @@ class TranslationWithUncertaintyPipeline(Pipeline):
         of_hub = inspect.signature(PushToHubMixin.push_to_hub).parameters.keys() - {"max_shard_size", "token"}
         own = {name: value for name, value in kwargs.items() if name not in of_hub}
         self.model.save_pretrained(save_directory, **own)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)  # pyright: ignore[reportOptionalMemberAccess]
         if self.threshold is not None:
             self.threshold.save(save_directory)
         if push_to_hub:

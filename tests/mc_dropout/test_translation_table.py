@@ -7,11 +7,11 @@ import datasets
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from mc_dropout.translators import POSITIONS, SOURCES, built
 
 from hf_efx.core.data.fingerprints import weights_fingerprint
 from hf_efx.mc_dropout import DeferralThreshold, TranslationOptions, Translator, choose_threshold, score_translations
 from hf_efx.mc_dropout.translation_table import ARROW, JSON_LINES, SETTINGS
+from mc_dropout.translators import POSITIONS, SOURCES, built
 
 FILES = [SETTINGS, ARROW, JSON_LINES]
 
