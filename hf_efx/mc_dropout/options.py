@@ -1,6 +1,8 @@
 """Options of translating with uncertainty."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,34 +52,52 @@ class TranslationOptions:
     seed: int = field(default=0, metadata={"help": "Of the masks: the same seed gives the same samples."})
 
     def __post_init__(self) -> None:
+        for name in ("num_samples", "num_beams", "max_new_tokens", "max_batch_rows", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name}={value!r}: expected an integer.")
+            if value is not None and value < 1 and name not in ("num_samples", "seed"):
+                raise ValueError(f"{name}={value}: expected 1 or more.")
         if self.num_samples == 1 or self.num_samples < 0:
             raise ValueError(f"num_samples={self.num_samples}: one sample has nothing to differ from, give 2 or more.")
-        for name in ("num_beams", "max_new_tokens", "max_batch_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected 1 or more.")
-        if self.masks not in ("position", "sequence"):
-            raise ValueError(f"masks={self.masks!r} is unknown; choose 'position' or 'sequence'.")
-        if self.choose not in ("answer", "mbr"):
-            raise ValueError(f"choose={self.choose!r} is unknown; choose 'answer' or 'mbr'.")
-        if not self.uncertainties or isinstance(self.uncertainties, str):
-            raise ValueError(f"uncertainties={self.uncertainties!r}: expected a list of names, such as ['bleuvar'].")
-        self.needs = uncertainty_needs(self.uncertainties)
-        if not self.num_samples and (self.choose == "mbr"):
+        for name, known in (("masks", ("position", "sequence")), ("choose", ("answer", "mbr"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose {known[0]!r} or {known[1]!r}.")
+        names = self.uncertainties
+        if not names or isinstance(names, str) or len(set(names)) < len(names):
+            raise ValueError(f"uncertainties={names!r}: expected a list of different names, such as ['bleuvar'].")
+        needs = uncertainty_needs(names)
+        if "token_statistics" in needs and self.sites is not None and not self.sites:
+            raise ValueError("sites=[] leaves scores of tokens without dropout to differ by: leave them, or it, out.")
+        if not self.num_samples and self.choose == "mbr":
             raise ValueError("num_samples=0 leaves choose='mbr' nothing to choose from: give 2 or more samples.")
+
+    @property
+    def scores(self) -> list[str]:
+        """The scores that are made: without samples the beam score alone."""
+        return self.uncertainties if self.num_samples else ["beam_score"]
+
+    @classmethod
+    def split(cls, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Those of some keyword arguments that are fields, and the others."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return (
+            {name: value for name, value in given.items() if name in names},
+            {name: value for name, value in given.items() if name not in names},
+        )
 
 
 def checked_threshold(
     defer_above: float | DeferralThreshold | None, options: TranslationOptions, model: Any
 ) -> float | None:
-    """The number above which the first of the uncertainties defers; None for none.
+    """The number above which the first of the scores defers; None for none.
 
     Raises:
         ValueError: For one that isn't finite, or a threshold made with another score, samples, masks or model.
     """
     if isinstance(defer_above, DeferralThreshold):
         defer_above.check(
-            score=options.uncertainties[0],
+            score=options.scores[0],
             num_samples=options.num_samples,
             masks=options.masks,
             model=None if defer_above.model is None else weights_fingerprint(model),

@@ -82,7 +82,7 @@ class ScoringOptions:
         metadata={"help": "Where to compute, such as 'cpu'. Without it: the accelerator, if there is one."},
     )
     json: bool = field(default=False, metadata={"help": "Print a JSON line for each source in place of the table."})
-    output_dir: str = field(
+    output_dir: str | None = field(
         default="runs/mc_dropout",
         metadata={"help": "Folder of translations.arrow, translations.jsonl and results; a cut run goes on there."},
     )
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def translate_main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program on the lines of standard input, unless a data set is named."""
+    """Runs it on the lines of standard input unless data are named, and writes nothing unless a folder is named."""
     return run_program(
         _program,
         argv,
@@ -119,6 +119,8 @@ def translate_main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         options=(ScoringOptions, TranslationOptions),
         dataset=STDIN,
+        output_dir=None,
+        plot=False,
     )
 
 
@@ -131,7 +133,7 @@ def _program(command: str, options: ScoringOptions, translation: TranslationOpti
     threshold: Any = options.defer_above
     if threshold is None and options.defer_share is None:
         threshold = saved_threshold(model)
-    folder = None if options.dataset == STDIN else Path(options.output_dir)
+    folder = Path(options.output_dir) if options.output_dir else None
     table = score_translations(
         model,
         tokenizer,
@@ -168,7 +170,7 @@ def _show(table: Dataset, translation: TranslationOptions, options: ScoringOptio
     if options.json:
         columns = ("source", "translation", *translation.uncertainties, "deferred", "samples", "note")
         for row in table.select_columns(list(columns)):
-            values = {key: None if value != value else value for key, value in dict(row).items()}
+            values = {key: None if value != value else value for key, value in dict(row).items()}  # NaN is no JSON
             print(json.dumps(values, ensure_ascii=False))
         return
     from rich.console import Console

@@ -55,6 +55,7 @@ class Evidence:
         answers: [n] the texts that are given out.
         answer_log_probs: [n] total log-probabilities of the answers' tokens, with dropout off.
         answer_lengths: [n] how many tokens those are.
+        length_penalty: The one that answers were searched with.
         token_statistics: Of the answers under the samples' masks.
     """
 
@@ -64,6 +65,7 @@ class Evidence:
     answers: Sequence[str] | None = None
     answer_log_probs: Sequence[float] | np.ndarray | None = None
     answer_lengths: Sequence[int] | np.ndarray | None = None
+    length_penalty: float = 1.0
     token_statistics: TokenStatistics | None = None
 
 
@@ -257,7 +259,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "bleuvar": ("texts",),
     "lexical_similarity": ("texts",),
     "chrf": ("texts",),
-    "beam_score": ("answer_log_probs", "answer_lengths"),
+    "beam_score": ("answer_log_probs", "answer_lengths", "length_penalty"),
     "sequence_probability": ("answer_log_probs",),
     **dict.fromkeys(
         ("token_entropy", "mutual_information", "reverse_mutual_information", "epkl"), ("token_statistics",)
@@ -340,7 +342,7 @@ def _sources(evidence: Evidence) -> int:
     counts = {
         name: len(value.entropy if isinstance(value, TokenStatistics) else value)
         for name in _EVIDENCE
-        if (value := getattr(evidence, name)) is not None
+        if (value := getattr(evidence, name)) is not None and not isinstance(value, float)
     }
     if len(set(counts.values())) > 1:
         raise ValueError(f"evidence is of different numbers of sources: {counts}.")

@@ -5,22 +5,31 @@
 pipeline are built on it.
 """
 
-import copy
 import dataclasses
-import inspect
-import logging
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig
 
 from hf_efx.core.model.wrappers import unwrap_model
-from hf_efx.core.scoring.sampling import Samples, sample_forward, sample_generate
+from hf_efx.core.scoring.decoding import (
+    DRAWING,
+    at_least_float,
+    drawn_tokens,
+    generate_by,
+    generation_config,
+    reads_padding,
+    teacher_forcing,
+)
+from hf_efx.core.scoring.sampling import Samples, check_sampling, dropout_rates, sample_forward, sample_generate
 from hf_efx.core.scoring.scoring_state import base_model, scoring_state
-from hf_efx.mc_dropout.bleuvar import mbr_choice, pairwise_bleu
+from hf_efx.mc_dropout.bleuvar import mbr_choice, mt_metrics, pairwise_bleu
 from hf_efx.mc_dropout.options import TranslationOptions
 from hf_efx.mc_dropout.scores import (
     Evidence,
@@ -31,11 +40,8 @@ from hf_efx.mc_dropout.scores import (
 )
 from hf_efx.mc_dropout.sources import SourceReader
 
-logger = logging.getLogger(__name__)
-
 EMPTY, CUT, UNFINISHED = "empty source", "source truncated", "translation unfinished"
 _LOGITS = 2**25  # numbers that a pass over answers may hold
-_DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True)
@@ -68,26 +74,71 @@ class Translator:
             belongs to it the samples alone are drawn.
 
     Raises:
-        ValueError: For languages that are missing or unknown, `num_return_sequences`, a model that doesn't generate.
+        ImportError: If sacrebleu is needed and isn't installed.
+        ValueError: For a model that doesn't generate or can't be sampled (see `sample_generate`), languages that are
+            missing or unknown, an argument that something else says already.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, options: TranslationOptions | None = None, **generate_kwargs: Any):
+    def __init__(
+        self, model: Any, tokenizer: Any, options: TranslationOptions | None = None, **generate_kwargs: Any
+    ) -> None:
         self.options = options or TranslationOptions()
-        self.model: Any = unwrap_model(model)
-        self.tokenizer = tokenizer
-        base = base_model(self.model)
+        self.model, self._inner = model, unwrap_model(model)
+        base = base_model(model)
         if not base.can_generate():
             raise ValueError(f"{type(base).__name__} doesn't generate: load a model for seq2seq or causal LM.")
-        if "num_return_sequences" in generate_kwargs:
-            number = generate_kwargs["num_return_sequences"]
-            raise ValueError(f"num_return_sequences={number}: the samples of a source are num_samples.")
         self._reader = SourceReader(base, tokenizer, self.options)
-        self._generate_kwargs = generate_kwargs
-        self._answers = copy.deepcopy(base.generation_config)
-        self._answers.update(**{k: v for k, v in generate_kwargs.items() if k not in _DRAWING})
-        self._answers.do_sample, self._answers.max_length = False, None
-        self._answers.num_beams = self.options.num_beams or self._answers.num_beams or 1
-        self._answers.pad_token_id = self._reader.pad
+        self._given = self._checked(generate_kwargs)
+        self._answer_config()  # raises for what can't work
+        if self.options.num_samples:
+            check_sampling(model, self.options.masks, self.options.sites, tokenizer, **self._sampling())
+            if self.options.choose == "mbr" or "texts" in uncertainty_needs(self.options.scores):
+                mt_metrics()
+
+    def _checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `generate`, none of which says what the options or the languages say."""
+        elsewhere = {"num_return_sequences": "the samples of a source are num_samples"}
+        elsewhere |= dict.fromkeys(("max_length", "max_time"), "give max_new_tokens")
+        if self._reader.forced is not None:
+            elsewhere["forced_bos_token_id"] = "it follows from tgt_lang"
+        for name, way in elsewhere.items():
+            if given.get(name) is not None:
+                raise ValueError(f"{name}={given[name]!r}: {way}; leave it out.")
+        forced = {} if self._reader.forced is None else {"forced_bos_token_id": self._reader.forced}
+        return {"pad_token_id": self._reader.pad, **given, **forced}
+
+    def _sampling(self) -> dict[str, Any]:
+        """Arguments of `generate` by which samples are made, but for their length."""
+        beams = {} if self.options.num_beams is None else {"num_beams": self.options.num_beams}
+        return {**self._given, **beams, "max_new_tokens": self.options.max_new_tokens or 1}
+
+    def _answer_config(self) -> tuple[GenerationConfig, dict[str, Any]]:
+        """The generation config of answers, and what `generate` takes beside it."""
+        given = {name: value for name, value in self._given.items() if name not in DRAWING}
+        own = base_model(self.model).generation_config.num_beams
+        beams = self.options.num_beams or getattr(given.get("generation_config"), "num_beams", None) or own or 1
+        limit = self.options.max_new_tokens or 1
+        given |= {"num_beams": beams, "do_sample": False, "max_new_tokens": limit}
+        return generation_config(self.model, given, self._reader.tokenizer)
+
+    def settings(self) -> dict[str, Any]:
+        """What translations and scores depend on beside options, weights and tokenizer, as JSON has it."""
+        config, rest = self._answer_config()
+        made = {"answers": config, "dropout": dropout_rates(self._inner), **rest}
+        if self.options.num_samples:
+            made["samples"] = check_sampling(
+                self.model, self.options.masks, self.options.sites, self._reader.tokenizer, **self._sampling()
+            )
+        flat: dict[str, Any] = {}
+        for name, value in made.items():
+            value = value.to_diff_dict() if isinstance(value, GenerationConfig) else value
+            flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        hidden = ("transformers_version", "pad_token_id", "_from_model_config")
+        return {
+            name: re.sub(" at 0x[0-9a-f]+", "", repr(value))
+            for name, value in flat.items()
+            if not name.endswith(hidden)
+        }
 
     def __call__(self, sources: Sequence[str], ids: Sequence[int]) -> list[Translation]:
         """Translates sources.
@@ -100,18 +151,21 @@ class Translator:
             ValueError: For a source that is no text, or longer than the model's positions without `truncation`.
         """
         tokens, cut = self._reader.tokens(sources)
-        scored = self.options.uncertainties if self.options.num_samples else ["beam_score"]
-        nothing = Translation("", "", (), dict.fromkeys(scored, math.nan), EMPTY)
+        nothing = Translation("", "", (), dict.fromkeys(self.options.scores, math.nan), EMPTY)
         found = [dataclasses.replace(nothing, source=source) for source in sources]
-        groups: dict[int, list[int]] = {}  # by the limit, which so depends on nothing but the source
+        config, rest = self._answer_config()
+        apart = reads_padding(config)
+        groups: dict[tuple[int, int], list[int]] = {}  # by the limit, which so depends on nothing but the source
         for i in sorted(range(len(tokens)), key=lambda i: -len(tokens[i])):
             if tokens[i]:
-                groups.setdefault(self._reader.limit(len(tokens[i])), []).append(i)
-        rows = max(1, self.options.max_batch_rows // self._answers.num_beams)
-        for limit, group in groups.items():
+                key = (self._reader.limit(len(tokens[i])), len(tokens[i]) if apart else 0)
+                groups.setdefault(key, []).append(i)
+        rows = max(1, self.options.max_batch_rows // (config.num_beams or 1))
+        for (config.max_new_tokens, _), group in groups.items():
             for start in range(0, len(group), rows):
                 places = group[start : start + rows]
-                part = self._translate([tokens[i] for i in places], [ids[i] for i in places], limit)
+                inputs = self._reader.batch([tokens[i] for i in places], self._inner.device)
+                part = self._translate(inputs, [ids[i] for i in places], config, rest)
                 for i, (translation, samples, scores, finished) in zip(places, part, strict=True):
                     notes = [*([CUT] if i in cut else []), *([] if finished else [UNFINISHED])]
                     found[i] = Translation(sources[i], translation, samples, scores, "; ".join(notes))
@@ -121,115 +175,110 @@ class Translator:
         """Raises ValueError for a source that can't be translated, before any is; see `__call__`."""
         self._reader.tokens(sources)
 
-    def _translate(self, tokens: list[list[int]], ids: Sequence[int], limit: int) -> Iterator[tuple[Any, ...]]:
-        """(translation, samples, scores, whether it was finished) of sources of one limit."""
-        inputs = self._reader.batch(tokens, self.model.device)
-        answers = self._answer(inputs, limit)
-        measured: dict[str, Any] = {"answers": answers.texts}
-        names = ["beam_score"] if not self.options.num_samples else self.options.uncertainties
-        needs = uncertainty_needs(names)
+    def _translate(
+        self, inputs: dict[str, torch.Tensor], ids: list[int], config: GenerationConfig, rest: dict[str, Any]
+    ) -> Iterator[tuple[str, tuple[str, ...], dict[str, float], bool]]:
+        """(translation, samples, scores, whether it was finished) of each row."""
+        options = self.options
+        answers = self._answer(inputs, config, rest)
+        needs = uncertainty_needs(options.scores)
+        measured: dict[str, Any] = {"answers": answers.texts, "length_penalty": float(config.length_penalty or 1)}
         if needs & {"answer_log_probs", "answer_lengths"}:
             measured["answer_log_probs"] = self._answer_log_probs(inputs, answers)
             measured["answer_lengths"] = answers.mask.sum(1).cpu().numpy()
         if "token_statistics" in needs:
             measured["token_statistics"] = self._token_statistics(inputs, answers, ids)
-        samples: list[tuple[str, ...]] = [()] * len(tokens)
-        if self.options.num_samples:
-            drawn = self._sample(inputs, ids, limit)
+        samples: list[tuple[str, ...]] = [()] * len(ids)
+        if options.num_samples:
+            drawn = self._sample(inputs, ids, config.max_new_tokens)
             samples = [tuple(texts) for texts in drawn.texts or ()]
             measured |= {"texts": samples, "sample_log_probs": drawn.log_probs, "sample_lengths": drawn.lengths}
-        scores = compute_uncertainties(Evidence(**measured), names)
+        scores = compute_uncertainties(Evidence(**measured), options.scores)
         for i, answer in enumerate(answers.texts):
-            if self.options.choose == "mbr":
+            if options.choose == "mbr":
                 answer = samples[i][mbr_choice(pairwise_bleu(samples[i]))]
             yield answer, samples[i], {name: float(values[i]) for name, values in scores.items()}, answers.finished[i]
 
-    def _sample(self, inputs: dict[str, torch.Tensor], ids: Sequence[int], limit: int) -> Samples:
+    def _sample(self, inputs: dict[str, torch.Tensor], ids: list[int], limit: int | None) -> Samples:
         options = self.options
-        kwargs: dict[str, Any] = {"max_new_tokens": limit, "pad_token_id": self._reader.pad}
-        if options.num_beams:
-            kwargs["num_beams"] = options.num_beams
-        if self._reader.forced is not None:
-            kwargs["forced_bos_token_id"] = self._reader.forced
         return sample_generate(
             self.model,
             inputs,
             options.num_samples,
             seed=options.seed,
-            ids=list(ids),
+            ids=ids,
             masks=options.masks,
-            tokenizer=self.tokenizer,
+            tokenizer=self._reader.tokenizer,
             max_batch_rows=options.max_batch_rows,
             sites=options.sites,
-            **{**self._generate_kwargs, **kwargs},
+            **{**self._sampling(), "max_new_tokens": limit},
         )
 
-    def _answer(self, inputs: dict[str, torch.Tensor], limit: int) -> "_Answers":
+    def _answer(
+        self, inputs: dict[str, torch.Tensor], config: GenerationConfig, rest: Mapping[str, Any]
+    ) -> "_Answers":
         """What the model says with dropout off, by its own generation config."""
-        config = copy.deepcopy(self._answers)
-        config.max_new_tokens = limit
-        if self._reader.forced is not None:
-            config.forced_bos_token_id = self._reader.forced
-        with scoring_state(self.model, "eval"):
-            sequences = self.model.generate(**inputs, generation_config=config)
-        begin = 1 if self._reader.encoder_decoder else inputs["input_ids"].shape[1]
-        targets = sequences[:, begin:]
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        end = torch.isin(targets, torch.tensor([e for e in ends if e is not None], device=targets.device))
-        mask = (end.cumsum(1) - end.long()) == 0  # up to the first end token
-        if config.forced_bos_token_id is not None and self._reader.encoder_decoder:
-            mask[:, 0] &= targets[:, 0] != config.forced_bos_token_id
-        texts = self.tokenizer.batch_decode(targets, skip_special_tokens=True)
-        return _Answers(sequences, targets, mask, texts, end.any(1).tolist())
-
-    def _reading(self, inputs: dict[str, torch.Tensor], answers: "_Answers", rows: slice) -> dict[str, torch.Tensor]:
-        """A batch in which the model reads some answers, each token after those before it."""
-        part, sequences = {name: value[rows] for name, value in inputs.items()}, answers.sequences[rows]
-        if self._reader.encoder_decoder:
-            return {**part, "decoder_input_ids": sequences[:, :-1]}
-        seen = torch.cat([part["attention_mask"], torch.ones_like(answers.targets[rows])], 1)[:, :-1]
-        batch = {"input_ids": sequences[:, :-1], "attention_mask": seen}
-        if "position_ids" in inspect.signature(base_model(self.model).forward).parameters:
-            batch["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
-        return batch
+        tokenizer = self._reader.tokenizer
+        rest = {**rest, "tokenizer": tokenizer} if config.stop_strings else rest
+        with scoring_state(self._inner, "eval"):
+            sequences = generate_by(config, self._inner, **inputs, **rest)
+        prompt = 1 if self._reader.encoder_decoder else inputs["input_ids"].shape[1]
+        tokens = sequences[:, prompt:]
+        mask, ends, starts = drawn_tokens(self._inner, config, tokens, prompt)
+        mask |= ~mask.any(1, keepdim=True)  # all was forced, or padding
+        last = int(config.max_new_tokens or 0) - (config.forced_eos_token_id is not None)
+        rows = [row[start:end] for row, start, end in zip(tokens.tolist(), starts, ends, strict=True)]
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return _Answers(sequences, tokens, mask, texts, [end < last for end in ends])
 
     def _answer_log_probs(self, inputs: dict[str, torch.Tensor], answers: "_Answers") -> np.ndarray:
         """Total log-probability [n] of each answer."""
         totals = []
-        with scoring_state(self.model, "eval"):
-            for rows in self._slices(answers, 1):
-                targets, mask = answers.targets[rows], answers.mask[rows]
-                logits = self.model(**self._reading(inputs, answers, rows)).logits[:, -targets.shape[1] :]
-                found = -torch.nn.functional.cross_entropy(logits.float().mT, targets, reduction="none")
+        with scoring_state(self._inner, "eval"):
+            for rows, batch in self._readings(inputs, answers, 1):
+                tokens, mask = answers.tokens[rows], answers.mask[rows]
+                logits = at_least_float(self._inner(**batch).logits[:, -tokens.shape[1] :])
+                found = -F.cross_entropy(logits.mT, tokens, reduction="none")
                 totals.append(torch.where(mask, found.double(), 0).sum(1))  # what is behind the end may be anything
         return torch.cat(totals).cpu().numpy()
 
     def _token_statistics(
-        self, inputs: dict[str, torch.Tensor], answers: "_Answers", ids: Sequence[int]
+        self, inputs: dict[str, torch.Tensor], answers: "_Answers", ids: list[int]
     ) -> TokenStatistics:
         """What the samples' masks predict while the model reads each answer."""
         options, found = self.options, []
-        for rows in self._slices(answers, options.num_samples):
-            batch, mask = self._reading(inputs, answers, rows), answers.mask[rows]
+        for rows, batch in self._readings(inputs, answers, options.num_samples):
             logits = sample_forward(
-                self.model, batch, options.num_samples, seed=options.seed, ids=list(ids[rows]), masks=options.masks
+                self.model,
+                batch,
+                options.num_samples,
+                seed=options.seed,
+                ids=ids[rows],
+                masks=options.masks,
+                sites=options.sites,
             )
+            mask = answers.mask[rows]
             found.append(token_statistics(logits[:, :, -mask.shape[1] :], mask))
         return TokenStatistics.concatenate(found)
 
-    def _slices(self, answers: "_Answers", passes: int) -> Iterator[slice]:
-        """Rows of the answers, as many at a time as their logits leave room for."""
-        width = answers.sequences.shape[1] * self.model.get_output_embeddings().weight.shape[0]
+    def _readings(
+        self, inputs: Mapping[str, torch.Tensor], answers: "_Answers", passes: int
+    ) -> Iterator[tuple[slice, dict[str, Any]]]:
+        """Batches in which the model reads answers, as many at a time as their logits leave room for."""
+        width = answers.sequences.shape[1] * self._inner.get_output_embeddings().weight.shape[0]
         step = max(1, _LOGITS // (width * passes))
-        return (slice(start, start + step) for start in range(0, len(answers.sequences), step))
+        for start in range(0, len(answers.sequences), step):
+            rows = slice(start, start + step)
+            part = {name: value[rows] for name, value in inputs.items()}
+            yield rows, teacher_forcing(self._inner, part, answers.sequences[rows])
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """Answers as `generate` gave them, the tokens that the model chose [n, T], and which of these count."""
+    """Answers as `generate` gave them, their tokens [n, T], and which of these the model chose."""
 
     sequences: torch.Tensor
-    targets: torch.Tensor
+    tokens: torch.Tensor
     mask: torch.Tensor
     texts: list[str]
     finished: list[bool]

@@ -153,13 +153,16 @@ def test_all_scores_rise_with_disagreement(registry: None) -> None:
     assert list(scores) == list(UNCERTAINTIES) and len(scores) == 9
     for name, (sure, unsure) in scores.items():
         assert sure < unsure or name == "token_entropy", name
+    searched = Evidence(answer_log_probs=[-8.0], answer_lengths=[4], length_penalty=0.5)
+    assert compute_uncertainties(searched, ["beam_score"])["beam_score"].tolist() == [4.0]
     part = compute_uncertainties(Evidence(texts=evidence.texts))
     assert list(part) == ["bleuvar", "lexical_similarity", "chrf"]
 
 
 def test_a_score_of_ones_own(registry: None) -> None:
     register_uncertainty("spread", lambda log_probs: np.std(log_probs, axis=1), needs=["sample_log_probs"])
-    assert uncertainty_needs(["spread", "beam_score"]) == {"sample_log_probs", "answer_log_probs", "answer_lengths"}
+    answers = {"answer_log_probs", "answer_lengths", "length_penalty"}
+    assert uncertainty_needs(["spread", "beam_score"]) == {"sample_log_probs", *answers}
     found = compute_uncertainties(Evidence(sample_log_probs=[[-1.0, -3.0], [-2.0, -2.0]]), ["spread"])
     assert found["spread"].tolist() == [1.0, 0.0]
     register_uncertainty("one", lambda texts: 1.0)

@@ -46,6 +46,10 @@ _BY_ROW = {
     stopping_criteria.MaxTimeCriteria,
     stopping_criteria.EosTokenCriteria,
 }
+_LIMITS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}  # of columns, and of steps
+# What belongs to `do_sample=True`.
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_COUNTS_PADDING = ("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty")
 _FINISHED = 0.1  # the share of finished rows from which leaving them out is worth the copies
 
 
@@ -64,8 +68,12 @@ def generation_config(model: Any, given: Mapping[str, Any], tokenizer: Any) -> t
     if kwargs.get("num_return_sequences") not in (None, 1):
         raise ValueError("num_return_sequences: the samples of an input are num_samples; leave it out")
     config = copy.deepcopy(kwargs.pop("generation_config", None) or GenerationConfig())
-    config.num_beams, config.do_sample = config.num_beams or 1, bool(config.do_sample)
-    config.update(defaults_only=True, allow_custom_entries=True, **base_model(model).generation_config.to_dict())
+    config.num_beams = kwargs.get("num_beams") or config.num_beams or 1
+    config.do_sample = bool(kwargs.get("do_sample", config.do_sample))
+    idle = () if config.do_sample else DRAWING
+    idle += () if config.num_beams > 1 else ("early_stopping", "length_penalty")
+    own = {name: x for name, x in base_model(model).generation_config.to_dict().items() if name not in idle}
+    config.update(defaults_only=True, allow_custom_entries=True, **own)
     rest = config.update(**kwargs)
     # Nothing of it is handed on, and scores of all steps take memory.
     config.update(num_return_sequences=1, return_dict_in_generate=False, output_scores=False, output_logits=False)
@@ -80,7 +88,7 @@ def generation_config(model: Any, given: Mapping[str, Any], tokenizer: Any) -> t
         if config.pad_token_id is None:
             config.pad_token_id = _as_list(config.eos_token_id)[0]
             logger.info("%s has no pad token: its end token pads, on the left", type(base).__name__)
-        for columns, steps in {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}.items():
+        for columns, steps in _LIMITS.items():
             if getattr(config, columns) and getattr(config, steps) is None:
                 raise ValueError(
                     f"{columns}={getattr(config, columns)} counts the prompt and the batch's padding in a "
@@ -106,6 +114,11 @@ def generation_inputs(model: Any, inputs: Any, config: GenerationConfig) -> dict
         columns = (torch.arange(mask.shape[1], device=mask.device) - past[:, None]) % mask.shape[1]
         source |= {name: take_columns(source[name], columns) for name in sequence_names(source)}
     return source
+
+
+def reads_padding(config: GenerationConfig) -> bool:
+    """Whether padding changes what comes of a row, so that rows of one call must have one length."""
+    return any((getattr(config, name) or 0) not in (0, 1) for name in _COUNTS_PADDING)
 
 
 class Decoded(NamedTuple):
@@ -139,20 +152,44 @@ def decode_rows(
     """
     if config.num_beams == 1 and not config.stop_strings:
         loop = functools.partial(_decode, keyed=keyed)
-        return model.generate(**inputs, generation_config=config, custom_generate=loop, **kwargs)
+        return generate_by(config, model, **inputs, custom_generate=loop, **kwargs)
     if "decoder_input_ids" in inputs:
         raise ValueError("decoder_input_ids: beam search and stop_strings take no start of the decoder's side here")
     options = {**kwargs, "tokenizer": tokenizer} if config.stop_strings else kwargs
-    sequences = model.generate(**inputs, generation_config=config, **options)
+    sequences = generate_by(config, model, **inputs, **options)
     prompt = 1 if base_model(model).config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    logits = _teacher_forced(model, inputs, sequences)[:, prompt - 1 :]
+    logits = at_least_float(model(**teacher_forcing(model, inputs, sequences)).logits)[:, prompt - 1 :]
     tokens = sequences[:, prompt:]
     return Decoded(tokens, _log_prob(logits, tokens), logits[:, 0], prompt)
 
 
-def drawn_tokens(model: Any, config: GenerationConfig, decoded: Decoded) -> tuple[torch.Tensor, list[int], list[int]]:
-    """Which tokens [rows, steps] were drawn, neither forced nor padding, and where each row's text ends and begins."""
-    tokens = decoded.tokens
+def generate_by(config: GenerationConfig, model: Any, **kwargs: Any) -> Any:
+    """`model.generate` by this config alone: the model's own would be warned of where the two differ."""
+    config, base = copy.copy(config), base_model(model)
+    for columns, steps in _LIMITS.items():
+        if getattr(config, steps) is not None:
+            setattr(config, columns, None)
+    kept, base.generation_config = base.generation_config, config
+    try:
+        return model.generate(generation_config=config, **kwargs)
+    finally:
+        base.generation_config = kept
+
+
+def drawn_tokens(
+    model: Any, config: GenerationConfig, tokens: torch.Tensor, prompt: int
+) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Which tokens were drawn, neither forced nor padding, and where each row's text ends and begins.
+
+    Args:
+        model: The model.
+        config: What they were generated by.
+        tokens: [rows, steps] after the prompt.
+        prompt: Columns before them.
+
+    Returns:
+        Of the tokens [rows, steps] bool, the end token's among them; ends [rows], before the end token; starts [rows].
+    """
     width = tokens.shape[1]
     place = torch.arange(width, device=tokens.device)
     end = torch.isin(tokens, torch.tensor(_as_list(config.eos_token_id), device=tokens.device))
@@ -166,7 +203,7 @@ def drawn_tokens(model: Any, config: GenerationConfig, decoded: Decoded) -> tupl
     if base_model(model).config.is_encoder_decoder and config.forced_bos_token_id is not None:
         skip = (tokens[:, 0] == config.forced_bos_token_id).long()
         counted[:, 0] &= skip == 0
-    if config.forced_eos_token_id is not None and decoded.prompt + width == _limit(config, decoded.prompt):
+    if config.forced_eos_token_id is not None and prompt + width == _limit(config, prompt):
         counted[:, -1] = False
     return counted, ends.tolist(), skip.tolist()
 
@@ -187,21 +224,22 @@ def _log_prob(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return -losses.view_as(tokens)
 
 
-def _at_least_float(logits: torch.Tensor) -> torch.Tensor:
+def at_least_float(logits: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 where they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _teacher_forced(model: Any, inputs: Mapping[str, Any], sequences: torch.Tensor) -> torch.Tensor:
-    """Logits [rows, columns - 1, vocabulary] of sequences under the masks that they were generated with."""
+def teacher_forcing(model: Any, inputs: Mapping[str, Any], sequences: torch.Tensor) -> dict[str, Any]:
+    """A batch in which the model reads generated sequences [rows, columns], each token after those before it."""
     base = base_model(model)
     if base.config.is_encoder_decoder:
-        return _at_least_float(model(**inputs, decoder_input_ids=sequences[:, :-1], use_cache=False).logits)
+        return {**inputs, "decoder_input_ids": sequences[:, :-1], "use_cache": False}
     mask = inputs["attention_mask"]
     mask = torch.cat([mask, mask.new_ones(len(mask), sequences.shape[1] - mask.shape[1] - 1)], 1)
     inputs = {**inputs, "input_ids": sequences[:, :-1], "attention_mask": mask, "use_cache": False}
     if "position_ids" in inspect.signature(type(base).forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
-    return _at_least_float(model(**inputs).logits)
+    return inputs
 
 
 def _decode(
@@ -223,7 +261,7 @@ def _decode(
         model_kwargs = model._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
         )
-        logits = _at_least_float(outputs.logits[:, -1].to(tokens.device))
+        logits = at_least_float(outputs.logits[:, -1].to(tokens.device))
         del outputs
         first = logits if first is None else first
         scores = logits_processor(tokens, logits.clone()) if logits_processor else logits

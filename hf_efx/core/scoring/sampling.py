@@ -19,7 +19,14 @@ from transformers import GenerationConfig
 
 from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.batches import align_left, batch_size, take_rows, trim_padding
-from hf_efx.core.scoring.decoding import Decoded, decode_rows, drawn_tokens, generation_config, generation_inputs
+from hf_efx.core.scoring.decoding import (
+    Decoded,
+    decode_rows,
+    drawn_tokens,
+    generation_config,
+    generation_inputs,
+    reads_padding,
+)
 from hf_efx.core.scoring.keyed_dropout import KeyedDropout, row_keys
 from hf_efx.core.scoring.scoring_state import base_model, scoring_state
 
@@ -27,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 Masks = Literal["position", "sequence"]
 _FORWARD_ROWS = 160  # rows of one pass of `sample_forward`, where the batch itself isn't longer
-_COUNTS_PADDING = ("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty")
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -91,6 +97,7 @@ def sample_forward(
     seed: int = 0,
     ids: Sequence[int] | torch.Tensor | None = None,
     masks: Masks = "position",
+    sites: str | Sequence[str] | None = None,
 ) -> torch.Tensor:
     """Logits of several passes with dropout, whose masks depend on seed, example id, sample and place alone.
 
@@ -102,6 +109,7 @@ def sample_forward(
         seed: With `ids` what the masks are made of.
         ids: [n] integers, the examples' own; None numbers the rows, so that a row's masks go by its place.
         masks: As in `KeyedDropout`.
+        sites: As in `dropout_active`.
 
     Returns:
         Logits [num_samples, n, ...].
@@ -112,7 +120,7 @@ def sample_forward(
     n = batch_size(batch)
     _check_numbers(num_samples, _FORWARD_ROWS)
     identities = _as_ids(ids, n)
-    with dropout_active(model):
+    with dropout_active(model, sites):
         inner = _uncompiled(model)
         inputs = _forward_inputs(inner, batch)
         step = max(1, min(num_samples, _FORWARD_ROWS // n))
@@ -176,24 +184,39 @@ def sample_generate(
     """
     _check_numbers(num_samples, max_batch_rows)
     inner = _uncompiled(model)
-    config, kwargs = generation_config(inner, generate_kwargs, tokenizer)
-    if sites is not None and not len(sites) and not config.do_sample:
-        raise ValueError("sites=[] turns all dropout off, and samples would agree: give do_sample=True, or sites")
+    config, kwargs = _config(inner, sites, generate_kwargs, tokenizer)
     source = generation_inputs(inner, inputs, config)
     n = batch_size(source)
     identities, lengths = _as_ids(ids, n), _source_lengths(source)
     rows = lengths.argsort(descending=True, stable=True).repeat_interleave(num_samples)
     samples = torch.arange(num_samples).repeat(n)
-    by_length = any((getattr(config, name) or 0) not in (0, 1) for name in _COUNTS_PADDING)
     results = _Results(inner, config, n, num_samples)
     with dropout_active(model, sites), KeyedDropout(inner, masks) as keyed:
-        for chunk in _chunks(lengths[rows], max(1, max_batch_rows // config.num_beams), by_length):
+        for chunk in _chunks(lengths[rows], max(1, max_batch_rows // config.num_beams), reads_padding(config)):
             part = trim_padding(take_rows(source, rows[chunk]))
             keys = row_keys(seed, identities[rows[chunk]], samples[chunk])
             keyed.set_rows(keys.to(inner.device), _padding(part))
             decoded = decode_rows(inner, part, config, keyed, tokenizer, kwargs)
             results.add(rows[chunk], samples[chunk], decoded, differ=sites is None or len(sites) > 0)
     return results.samples(tokenizer)
+
+
+def check_sampling(
+    model: Any, masks: Masks, sites: str | Sequence[str] | None, tokenizer: Any, **generate_kwargs: Any
+) -> GenerationConfig:
+    """The generation config of `sample_generate`'s samples; raises, without a call of the model, what that would."""
+    inner = _uncompiled(model)
+    config, _ = _config(inner, sites, generate_kwargs, tokenizer)
+    with dropout_active(model, sites):
+        KeyedDropout(inner, masks)
+    return config
+
+
+def _config(model: Any, sites: Any, given: Mapping[str, Any], tokenizer: Any) -> tuple[GenerationConfig, Any]:
+    config, kwargs = generation_config(model, given, tokenizer)
+    if sites is not None and not len(sites) and not config.do_sample:
+        raise ValueError("sites=[] turns all dropout off, and samples would agree: give do_sample=True, or sites")
+    return config, kwargs
 
 
 class _Results:
@@ -211,7 +234,7 @@ class _Results:
         """Takes the samples [k] of the inputs [k] out of what one call generated."""
         if differ and self.first is not None:
             self._check(rows, decoded.first_logits)
-        counted, ends, skip = drawn_tokens(self.model, self.config, decoded)
+        counted, ends, skip = drawn_tokens(self.model, self.config, decoded.tokens, decoded.prompt)
         sums = (decoded.log_probs.double() * counted).sum(1).tolist()
         tokens, lengths = decoded.tokens.tolist(), counted.sum(1).tolist()
         for at, (row, sample) in enumerate(zip(rows.tolist(), samples.tolist(), strict=True)):
@@ -339,7 +362,7 @@ def _check_rates(model: nn.Module) -> None:
             return
         if any("drop" in name and _is_rate(value) for name, value in vars(module).items()):
             return
-    if not any(_is_rate(value) for value in _rate_fields(model).values()):
+    if not any(_is_rate(value) for value in dropout_rates(model).values()):
         raise ValueError(_no_dropout(model, "no dropout has a rate above 0"))
 
 
@@ -347,7 +370,7 @@ def _is_rate(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
-def _rate_fields(model: nn.Module) -> dict[str, Any]:
+def dropout_rates(model: nn.Module) -> dict[str, Any]:
     """The config's fields, its parts' too, that hold rates of dropout, but for layers and paths that are dropped."""
     config = getattr(base_model(model), "config", None)
     found: dict[str, Any] = {}
@@ -364,7 +387,7 @@ def _rate_fields(model: nn.Module) -> dict[str, Any]:
 
 
 def _no_dropout(model: nn.Module, what: str) -> str:
-    fields = ", ".join(f"{name}={value}" for name, value in _rate_fields(model).items()) or "its config names none"
+    fields = ", ".join(f"{name}={value}" for name, value in dropout_rates(model).items()) or "its config names none"
     return (
         f"{type(base_model(model)).__name__} has no dropout to sample by, {what} ({fields}): "
         f"set a rate above 0 when the model is built or loaded, as in from_pretrained(..., dropout=0.1), choose other "

@@ -10,7 +10,7 @@ import torch
 import transformers
 from test_scoring_state import Normed, _assert_same, _everything
 
-from hf_efx.core.scoring.sampling import dropout_active, sample_forward, sample_generate
+from hf_efx.core.scoring.sampling import check_sampling, dropout_active, sample_forward, sample_generate
 
 PAD, END, VOCAB = 1, 0, 64
 _TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "eos_token_id": END, "bos_token_id": END}
@@ -418,3 +418,28 @@ def test_repetition_penalty_sees_no_padding():
     whole = generate(model, inputs, repetition_penalty=1.5)
     for i, row in enumerate(rows):
         assert_same(generate(model, row[None], ids=[i], repetition_penalty=1.5), ids_of(whole, i))
+
+
+def test_forward_passes_differ_by_the_sites_that_are_on():
+    model = build("marian")
+    inputs, _ = sources(model)
+    batch = {**inputs, "decoder_input_ids": torch.full((len(LENGTHS), 3), PAD)}
+    whole = sample_forward(model, batch, 2)
+    torch.testing.assert_close(sample_forward(model, batch, 2, sites=["encoder", "decoder"]), whole)
+    assert not torch.allclose(sample_forward(model, batch, 2, sites=["decoder"]), whole)
+    with pytest.raises(ValueError, match="2 passes agree bit for bit"):
+        sample_forward(model, batch, 2, sites=[])
+
+
+def test_arguments_are_checked_without_a_call_of_the_model(monkeypatch):
+    model = build("marian")
+    monkeypatch.setattr(model, "forward", None)
+    assert check_sampling(model, "position", ["decoder"], None, num_beams=3).num_beams == 3
+    for options, match in (
+        ({"sites": []}, "sites=.. turns all dropout off"),
+        ({"sites": ["encode"]}, "'encode' matches no module"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"masks": "token"}, "masks='token' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            check_sampling(model, **{"masks": "position", "sites": None, "tokenizer": None, **options})
