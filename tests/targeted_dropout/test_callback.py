@@ -170,3 +170,6 @@ def test_what_a_run_cannot_be(tmp_path: Path) -> None:
         run(Trainer, GPT2.build(), tmp_path, [TargetedDropoutCallback()])
     with pytest.raises(ValueError, match=r"the model has rate=[\d.]+, the callback rate=0.1\. Leave the"):
         run(Trainer, targeted(), tmp_path, [TargetedDropoutCallback(config(rate=0.1))])
+    differing = "has rate=0.5, the callback rate=0.1; scope='column', the callback scope='global'. Leave the callback"
+    with pytest.raises(ValueError, match=differing):
+        run(Trainer, targeted(), tmp_path, [TargetedDropoutCallback(config(rate=0.1, scope="global"))])
