@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 from matrix import ARCHITECTURES
 from transformers import Trainer, TrainingArguments
 
@@ -163,6 +165,29 @@ def test_a_trainer_that_drives_nothing_is_warned_of(tmp_path: Path, caplog: pyte
         log = run(Trainer, targeted(), tmp_path, max_steps=2)
     assert losses(log) == losses(run(Trainer, GPT2.build(), tmp_path, max_steps=2))
     assert caplog.text.count("Targeted dropout is on, but no training step has begun") == 1
+
+
+def test_a_checkpoint_of_accelerate_keeps_the_candidates_beside_it(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model: Any = targeted()
+    context: Any = step_context(model)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+    def loss(step: int) -> float:
+        context.begin_step(step)
+        result = model.train()(**GPT2.batch()).loss
+        accelerator.backward(result)
+        optimizer.step()
+        optimizer.zero_grad()
+        return result.item()
+
+    loss(0)
+    accelerator.save_state(str(tmp_path))
+    context.save(tmp_path)
+    whole = loss(1)
+    accelerator.load_state(str(tmp_path))
+    context.load(tmp_path)
+    assert loss(1) == whole
 
 
 def test_what_a_run_cannot_be(tmp_path: Path) -> None:
