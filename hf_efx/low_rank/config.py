@@ -254,20 +254,21 @@ class LowRankConfig(EfxMethodConfig):
             )
         return total
 
-    def check_switch(self, model: nn.Module) -> list[str]:
+    def check_switch(self, model: nn.Module) -> dict[str, dict[str, Any]]:
         """Refuses, for a model that trains dense first, what its factorisation would refuse then.
 
         Returns:
-            The layers that will be factorised; with rank='auto' those that may be.
+            The plan; with rank='auto' of all layers that may be factorised, at rank 1.
 
         Raises:
             ValueError: As `match` and `plan` do, but for what trained weights alone can tell (of rank='auto').
         """
         targets = self.match(model)
         if self.rank == "auto":
-            self._total_budget(_views(model, targets))
-            return list(targets)
-        return list(self.plan(model, targets, pretrained=True))
+            views = _views(model, targets)
+            self._total_budget(views)
+            return {name: self._spec(view, 1) for name, view in views.items()}
+        return self.plan(model, targets, pretrained=True)
 
     def apply(self, model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         """Factorises the planned layers, with factors by `init`."""

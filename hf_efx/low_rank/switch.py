@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 
+from hf_efx.core.model.probe import skeleton
 from hf_efx.low_rank.arguments import LowRankArgumentsMixin
 from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.layers import FactorisedLayer
@@ -189,6 +190,11 @@ def convert_checkpoint(
     trainer_state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
 
+def step_of(checkpoint: str) -> int:
+    """The optimiser step that a checkpoint was saved after."""
+    return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
+
+
 def _indexed(state_dict: dict[str, Any], names: list[list[str]]) -> list[tuple[str, int]]:
     groups = zip(state_dict["param_groups"], names, strict=True)
     return [pair for group, group_names in groups for pair in zip(group_names, group["params"], strict=True)]
@@ -201,7 +207,7 @@ class StopAtSwitch(TrainerCallback):
         step: Optimiser step of the switch.
         options: How the optimiser and the schedule go on.
         config: How the model is factorised then.
-        optimizer_at_switch: Makes the optimizer as if the layers of these names were factorised.
+        optimizer_of: What `create_optimizer` makes of a model.
     """
 
     def __init__(
@@ -209,10 +215,10 @@ class StopAtSwitch(TrainerCallback):
         step: int,
         options: LowRankArgumentsMixin,
         config: LowRankConfig,
-        optimizer_at_switch: Callable[[list[str]], torch.optim.Optimizer],
+        optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
     ) -> None:
         self.step, self.options, self.config = step, options, config
-        self.optimizer_at_switch = optimizer_at_switch
+        self.optimizer_of = optimizer_of
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -220,7 +226,7 @@ class StopAtSwitch(TrainerCallback):
         """Raises ValueError for what the switch can't work with."""
         self._check_run(args, state, kwargs["train_dataloader"])
         self._check_optimizer(args, kwargs)
-        self._check_decay(self.config.check_switch(kwargs["model"]), kwargs["model"])
+        self._rehearse(kwargs["model"], kwargs["optimizer"])
 
     def _check_run(self, args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> None:
         where = f"dense_warmup_steps={self.step}"
@@ -258,19 +264,35 @@ class StopAtSwitch(TrainerCallback):
                 f"(lr_scheduler_type='linear', 'cosine', ...)."
             )
 
-    def _check_decay(self, layers: list[str], model: nn.Module) -> None:
-        """Refuses a create_optimizer of one's own that will decay factors, which factor_decay does too."""
-        if not self.options.factor_decay:
-            return
-        future = {id(model.get_submodule(name).weight): name for name in layers}
-        for group in self.optimizer_at_switch(layers).param_groups:
-            found = [future[id(p)] for p in group["params"] if id(p) in future]
-            if found and group.get("weight_decay"):
-                raise ValueError(
-                    f"factor_decay={self.options.factor_decay}: create_optimizer gives {found[0]!r} the weight_decay="
-                    f"{group['weight_decay']}, which would act on its factors too. Set it to 0 for what "
-                    f"get_decay_parameter_names leaves out, or set factor_decay=0."
-                )
+    def _rehearse(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Makes the switch's optimizer of a copy of the model without values, and refuses what would go wrong then."""
+        where, plan = f"dense_warmup_steps={self.step}", self.config.check_switch(model)
+        copy = skeleton(model, "cpu")  # not meta: torch's fused optimizers refuse that
+        names = parameter_names(self.optimizer_of(copy), copy)
+        if names != parameter_names(optimizer, model):
+            raise ValueError(
+                f"{where}: the Trainer's optimizer isn't what its create_optimizer makes, which makes the new one at "
+                f"the switch. Override create_optimizer, so that it makes one of self.model whenever it is called."
+            )
+        self.config.restore(copy, plan)
+        future = self.optimizer_of(copy)
+        groups = {id(p): group for group in future.param_groups for p in group["params"]}
+        trained = {name for group in names for name in group}
+        for layer in plan:
+            for factor in ("weight", "factor_v") if f"{layer}.weight" in trained else ():
+                group = groups.get(id(getattr(copy.get_submodule(layer), factor)))
+                if group is None:
+                    raise ValueError(
+                        f"{where}: create_optimizer leaves out the factor '{layer}.{factor}' of the switched model, "
+                        f"which would not be trained. Let it make a new optimizer of all of self.model's parameters "
+                        f"whenever it is called (`weight` has three dimensions then), or factorise from the start."
+                    )
+                if self.options.factor_decay and group.get("weight_decay"):
+                    raise ValueError(
+                        f"factor_decay={self.options.factor_decay}: create_optimizer gives '{layer}.{factor}' the "
+                        f"weight_decay={group['weight_decay']}, which would act on factors too. Set it to 0 for what "
+                        f"get_decay_parameter_names leaves out, or set factor_decay=0."
+                    )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

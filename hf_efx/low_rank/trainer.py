@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.data.data_collator import DataCollator
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import CONFIG_NAME
 
@@ -30,7 +29,7 @@ from hf_efx.low_rank.arguments import LowRankArguments, LowRankArgumentsMixin
 from hf_efx.low_rank.config import LowRankConfig
 from hf_efx.low_rank.decay import FactorDecayCallback, factorised_layers
 from hf_efx.low_rank.report import factor_metrics, low_rank_report
-from hf_efx.low_rank.switch import DensePart, StopAtSwitch, convert_checkpoint, parameter_names
+from hf_efx.low_rank.switch import DensePart, StopAtSwitch, convert_checkpoint, parameter_names, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,6 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
     _given_optimizer = False
     _decay: FactorDecayCallback | None = None
     _dense: DensePart | None = None
-    _future_layers: Sequence[str] = ()
 
     def __init__(self, *args: Any, low_rank_config: LowRankConfig | None = None, **kwargs: Any) -> None:
         self.low_rank_config = low_rank_config  # before the Trainer's own, which calls model_init
@@ -144,7 +142,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
                 )
 
     def _check_resume(self, checkpoint: str, entry: dict[str, Any] | None) -> None:
-        switch, step = self._options.dense_warmup_steps, _step(checkpoint)
+        switch, step = self._options.dense_warmup_steps, step_of(checkpoint)
         where = f"resume_from_checkpoint={checkpoint!r}"
         if entry is not None:
             self._check_same_config(entry, where)
@@ -164,8 +162,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         names = super().get_decay_parameter_names(model)
         if not self._options.factor_decay:
             return names
-        layers = [*factorised_layers(model), *self._future_layers]
-        factors = {f"{name}.{p}" for name in layers for p in ("weight", "factor_v")}
+        factors = {f"{name}.{p}" for name in factorised_layers(model) for p in ("weight", "factor_v")}
         return [name for name in names if name not in factors]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -214,7 +211,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         return self._train_and_switch(checkpoint, trial, ignore_keys_for_eval)
 
     def _train_and_switch(self, checkpoint: str | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
-        switch, step = self._options.dense_warmup_steps, 0 if checkpoint is None else _step(checkpoint)
+        switch, step = self._options.dense_warmup_steps, 0 if checkpoint is None else step_of(checkpoint)
         self._dense = DensePart(step, switch) if step < switch else None
         if step < switch:
             with self._until(switch):
@@ -261,11 +258,16 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
         )
         self.add_callback(self._decay)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the base class; the switch's checkpoint is saved by save_strategy="best" too, whatever its figures."""
+        best = super()._determine_best_metric(metrics, trial)
+        return best or (self._dense is not None and self.state.global_step == self._dense.switch)
+
     @contextmanager
     def _until(self, step: int) -> Iterator[None]:
         """Makes the Trainer save and stop at a step, leaving alone what belongs to the end of a whole run."""
         assert self.low_rank_config is not None
-        stop = StopAtSwitch(step, self._options, self.low_rank_config, self._optimizer_at_switch)
+        stop = StopAtSwitch(step, self._options, self.low_rank_config, self._optimizer_of)
         kept = {name: getattr(self.args, name) for name in ("load_best_model_at_end", "save_total_limit")}
         self.args.load_best_model_at_end, self.args.save_total_limit = False, None
         self.add_callback(stop)
@@ -278,7 +280,7 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
 
     def _switch(self, checkpoint: str) -> Path:
         """Writes the factorised form of a dense checkpoint and readies the Trainer to go on from it."""
-        staged = Path(checkpoint).with_name(f"factorised-{_step(checkpoint)}")
+        staged = Path(checkpoint).with_name(f"factorised-{step_of(checkpoint)}")
         model: Any = self.model
         if self.args.should_save:
             self._load_from_checkpoint(checkpoint)  # on resume the model in memory is not trained yet
@@ -294,20 +296,21 @@ class LowRankTrainerMixin(EfxTrainerMixin, _Base):
             fresh = self.optimizer.state_dict()
             convert_checkpoint(temporary, dense_names, fresh, fresh_names, factorised_layers(model), self._options)
             temporary.rename(staged)
-            logger.info("Factorised at step %d:\n%s", _step(checkpoint), low_rank_report(model))
+            logger.info("Factorised at step %d:\n%s", step_of(checkpoint), low_rank_report(model))
         self.accelerator.wait_for_everyone()
         self._release_dense()
         return staged
 
-    def _optimizer_at_switch(self, layers: list[str]) -> torch.optim.Optimizer:
-        """What create_optimizer will make once these layers are factorised; the optimizer at hand stays."""
-        kept: Any = self.optimizer
-        self.optimizer, self._future_layers = None, layers  # pyright: ignore[reportAttributeAccessIssue]
+    def _optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
+        """What create_optimizer makes of another model; the Trainer stays as it is, whatever that sets."""
+        kept = dict(vars(self))
+        self.model, self.model_wrapped, self.optimizer = model, model, None  # pyright: ignore
         try:
             self.create_optimizer()
             return self.optimizer  # pyright: ignore[reportReturnType]
         finally:
-            self.optimizer, self._future_layers = kept, ()
+            vars(self).clear()
+            vars(self).update(kept)
 
     def _new_optimizer_names(self) -> list[list[str]]:
         """Makes a new optimiser over the model as it is; the names of the parameters in each of its groups."""
@@ -383,10 +386,6 @@ class LowRankTrainer(LowRankTrainerMixin, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             low_rank_config=low_rank_config,
         )
-
-
-def _step(checkpoint: str) -> int:
-    return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_bytes())["global_step"]
 
 
 def _saved_record(checkpoint: str) -> dict[str, Any] | None:

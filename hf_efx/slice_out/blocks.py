@@ -24,7 +24,7 @@ from torch import nn
 from hf_efx.core.model.block_map import FoundBlock, block_map
 from hf_efx.core.model.block_units import block_units, columns, head_width, owner_of
 from hf_efx.core.model.masks import UnitGroup
-from hf_efx.core.model.targets import unsuitable
+from hf_efx.core.model.targets import unsuitable, weight_owners
 from hf_efx.slice_out.schedule import slice_width
 
 logger = logging.getLogger(__name__)
@@ -33,19 +33,20 @@ Plan = dict[str, dict[str, Any]]
 Rates = Mapping[str, float]
 
 
-def check_modules(model: nn.Module, block: FoundBlock) -> None:
-    """Refuses a block with a module that can't be sliced.
+def check_modules(model: nn.Module, blocks: Sequence[FoundBlock]) -> None:
+    """Refuses blocks with a module that can't be sliced.
 
     Raises:
         ValueError: With the module's name and the reason.
     """
-    norms = set(map(block.path, block.block.norms))
-    for name in block.members:
+    owners = weight_owners(model)
+    norms = {block.path(name) for block in blocks for name in block.block.norms}
+    for name in (name for block in blocks for name in block.members):
         module = model.get_submodule(name)
         if name in norms:
             reason = None if type(module) is nn.BatchNorm2d else f"it is a {type(module).__name__}, not a BatchNorm2d"
         else:
-            reason = unsuitable(model, name, module)
+            reason = unsuitable(model, name, module, owners)
         if reason:
             raise ValueError(
                 f"SliceOutConfig: module {name!r} can't be sliced, since {reason}. Leave its block out with "

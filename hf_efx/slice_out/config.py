@@ -187,8 +187,7 @@ class SliceOutConfig(EfxMethodConfig):
         """The modules of all chosen blocks, by name; see `EfxMethodConfig.match`."""
         found, rates = self._blocks(model)
         chosen = [block for block in found if rates[block.name]]
-        for block in chosen:
-            check_modules(model, block)
+        check_modules(model, chosen)
         return {name: model.get_submodule(name) for block in chosen for name in block.members}
 
     def plan(self, model: nn.Module, targets: dict[str, nn.Module], pretrained: bool) -> dict[str, dict[str, Any]]:

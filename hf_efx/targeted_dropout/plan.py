@@ -15,7 +15,7 @@ from hf_efx.core.model.method_config import EfxMethodConfig, fields_of
 from hf_efx.core.model.pruned import Zeros
 from hf_efx.core.model.record import efx_record, entry_config, plan_for, refuse_foreign
 from hf_efx.core.model.swap import refuse_offloaded, swap_class
-from hf_efx.core.model.targets import unsuitable
+from hf_efx.core.model.targets import unsuitable, weight_owners
 from hf_efx.core.model.wrappers import inner_model, unwrap_model
 from hf_efx.targeted_dropout.config import TargetedDropoutConfig
 from hf_efx.targeted_dropout.units import along, group_unsuitable, in_features, out_features, planned_groups
@@ -129,9 +129,10 @@ class Part:
         groups = planned_groups(plan) if config.granularity == "unit" else []
         modules = {name: model.get_submodule(name) for name in plan}
         with whole(model):
-            reasons = [group_unsuitable(model, group) for group in groups]
+            owners = weight_owners(model)
+            reasons = [group_unsuitable(model, group, owners) for group in groups]
             for name, module in modules.items() if not groups else ():
-                reason = unsuitable(model, name, module)
+                reason = unsuitable(model, name, module, owners)
                 reasons.append(reason and f"Module {name!r}, on which it was trained, can't be pruned, since {reason}")
         if any(reasons):
             raise ValueError(f"{next(filter(None, reasons))}. Name what is to be pruned in target_modules.")

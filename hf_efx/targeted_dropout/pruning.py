@@ -36,23 +36,21 @@ def prune(
     """Sets the weakest weights or units to zero, in place, and flags the model as pruned in `config.efx`.
 
     Of a model that targeted dropout was trained on, `prune(model, fraction)` takes what `config.efx` says was trained,
-    by each config's own granularity and scope. The model stays a plain dense one with the same keys. From now on
-    optimizers leave its zeros at zero; of a saved and loaded model `get_efx_model(model)` or an EfxTrainer puts that
-    back. Pruning again by the same fraction changes nothing.
+    by each config's own granularity and scope. The model stays a plain dense one with the same keys, whose zeros
+    optimizers leave at zero; of a loaded model `get_efx_model(model)` or an EfxTrainer puts that back. Pruning again
+    by the same fraction changes nothing.
 
     Args:
-        model: Any `torch.nn.Module`. In torch.compile, a parallel wrapper or a module of one's own, the transformers
-            model inside is pruned, under its own names.
+        model: Any `torch.nn.Module`; of a wrapped one the transformers model inside, under its own names.
         fraction: Share that becomes zero, from 0 to below 1, rounded down to a whole number in each group of the
             scope. 0 prunes nothing and takes the flag off: zeros may be trained again.
-        granularity: "weight", by magnitude; or "unit", by the L2 norm of a unit's incoming weights: FFN features,
-            attention heads (groups of them, where keys and values are shared) and the channels between two
-            convolutions. With a unit go its biases, the scale and shift of a batch norm that follows, and what reads
-            it. Of a model that the block map doesn't know units are the output columns of each layer, with its bias.
-            None: as trained, else "weight".
-        scope: Among which the weakest are found: "column", of each output unit's weights alone; "layer", of each
-            layer; "global", of all layers together (of each config that was trained). Of units "column" and "layer"
-            are the same: the equal counts that `shrink` needs. None: as trained, else "column".
+        granularity: "weight", by magnitude; or "unit", by the L2 norm of incoming weights: FFN features, attention
+            heads (groups that share keys) and channels between two convolutions, with their biases, a batch norm's
+            scale and shift, and what reads them; of a model that the block map doesn't know, output columns with
+            their biases. None: as trained, else "weight".
+        scope: Among which the weakest are found: each output unit's weights ("column"), each layer's ("layer"), or
+            all of a config ("global"). Of units the first two are the same: the equal counts that `shrink` needs.
+            None: as trained, else "column".
         target_modules: As in `TargetedDropoutConfig`. Without it, exclude_modules and blocks: the modules that
             `config.efx` says targeted dropout was trained on, else every Linear, Conv1D and Conv2d that is no
             embedding, stem or head.
@@ -76,12 +74,11 @@ def prune(
     changes = plan.changes(fraction)
     if target_modules is None and (config is None or config.target_modules in (None, "all-linear")):
         warn_of_skipped(plan.model)
+    flags = check_pruned(plan.model)
     with torch.no_grad():
         for change in changes:
             for tensor, mask in change.zeros:
                 tensor.masked_fill_(mask, 0)
-    flags = check_pruned(plan.model)
-    for change in changes:
-        flags[change.name] = {**flags.get(change.name, {}), **change.flag}
+            flags[change.name] = {**flags.get(change.name, {}), **change.flag}
     mark_pruned(plan.model, flags)
     return plan.report(fraction)

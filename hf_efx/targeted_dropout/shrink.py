@@ -26,7 +26,7 @@ from hf_efx.core.model.masks import UnitGroup, unit_columns
 from hf_efx.core.model.pruned import empty_outputs
 from hf_efx.core.model.record import check_pruned, mark_pruned
 from hf_efx.core.model.swap import refuse_offloaded
-from hf_efx.core.model.targets import unsuitable
+from hf_efx.core.model.targets import unsuitable, weight_owners
 from hf_efx.core.model.weight_view import DENSE_TYPES
 from hf_efx.core.model.wrappers import inner_model, refuse_data_parallel, unwrap_model
 from hf_efx.core.scoring.scoring_state import scoring_state
@@ -161,11 +161,12 @@ def _check_groups(model: nn.Module, groups: list[UnitGroup], kept: Mapping[str, 
             f"first, with prune(model, fraction, granularity='unit')"
             + ("." if isinstance(model, PreTrainedModel) else ", and name the blocks in both: blocks=[Block(...)].")
         )
+    owners = weight_owners(model)
     for group in groups:
         for name in group.members:
             module = model.get_submodule(name)
             refuse_offloaded(name, module)
-            reason = None if name in group.norms else unsuitable(model, name, module)
+            reason = None if name in group.norms else unsuitable(model, name, module, owners)
             if reason:
                 raise ValueError(f"shrink: module {name!r} can't be made smaller, since {reason}.")
         if not kept[group.name].any():

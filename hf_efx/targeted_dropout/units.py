@@ -11,14 +11,15 @@ from hf_efx.core.model.block_map import Block
 from hf_efx.core.model.block_units import named, unit_groups
 from hf_efx.core.model.masks import UnitGroup
 from hf_efx.core.model.method_config import EfxMethodConfig
-from hf_efx.core.model.targets import check_entries, unsuitable
+from hf_efx.core.model.targets import check_entries, unsuitable, weight_owners
 
 
 def chosen_groups(model: nn.Module, targets: EfxMethodConfig, blocks: Iterable[Block] | None) -> list[UnitGroup]:
     """The groups of units that the options name; by default those all of whose modules can be changed."""
     found = find_groups(model, blocks)
     by_default = targets.target_modules in (None, "all-linear") and blocks is None
-    reasons = {group.name: group_unsuitable(model, group) for group in found}
+    owners = weight_owners(model)
+    reasons = {group.name: group_unsuitable(model, group, owners) for group in found}
     chosen = [g for g in found if not (by_default and reasons[g.name]) and named(g.members, targets)]
     for group in chosen:
         if reasons[group.name]:
@@ -51,14 +52,14 @@ def find_groups(model: nn.Module, blocks: Iterable[Block] | None) -> list[UnitGr
         ) from error
 
 
-def group_unsuitable(model: nn.Module, group: UnitGroup) -> str | None:
-    """Why the units of a group can't be pruned, naming the module in the way; None if they can."""
+def group_unsuitable(model: nn.Module, group: UnitGroup, owners: dict[int, list[str]]) -> str | None:
+    """Why the units of a group can't be pruned, naming the module in the way; None if they can (see `unsuitable`)."""
     for name in group.members:
         module = model.get_submodule(name)
         if name in group.norms:
             reason = None if isinstance(module, nn.BatchNorm2d) else f"it is a {type(module).__name__}"
         else:
-            reason = unsuitable(model, name, module)
+            reason = unsuitable(model, name, module, owners)
         if reason:
             return f"Units of {group.name!r} can't be pruned: module {name!r} can't be changed, since {reason}"
     return None

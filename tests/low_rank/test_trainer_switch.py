@@ -333,6 +333,70 @@ def test_logs_and_evaluations_by_epoch_aren_t_broken_by_the_switch(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4", "checkpoint-6"]
 
 
+def test_a_run_that_saves_the_best_alone_has_the_switch_s_checkpoint_too(tmp_path: Path) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "metric_for_best_model": "loss"}
+    done = LowRankTrainer(  # the rate is so high that the first step is the best one
+        build(),
+        arguments(tmp_path, dense_warmup_steps=SWITCH, learning_rate=1.0, load_best_model_at_end=True, **best),
+        train_dataset=DATA,
+        eval_dataset=DATA[:4],
+        low_rank_config=LowRankConfig(),
+    )
+    done.train()
+    figures = {e["step"]: e["eval_loss"] for e in done.state.log_history if "eval_loss" in e}
+    assert figures[SWITCH] > figures[1] and done.state.best_global_step > SWITCH  # pyright: ignore
+    assert done.evaluate()["eval_loss"] == pytest.approx(figures[done.state.best_global_step])  # pyright: ignore
+
+
+class MadeOnce(LowRankTrainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        if "made" not in vars(self):
+            self.made = torch.optim.AdamW(self.model.parameters())  # pyright: ignore
+        self.optimizer = self.made
+        return self.optimizer
+
+
+class ByDimension(LowRankTrainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            matrices = [p for p in self.model.parameters() if p.dim() == 2]  # pyright: ignore
+            self.optimizer = torch.optim.AdamW([{"params": matrices}, {"params": self.model.transformer.ln_f.bias}])  # pyright: ignore
+        return self.optimizer
+
+
+class SetLater(LowRankTrainer):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.optimizer = torch.optim.AdamW(self.model.parameters())  # pyright: ignore
+        return super().train(*args, **kwargs)
+
+
+class Fails(LowRankTrainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        if any(p.dim() > 2 for p in self.model.parameters()):  # pyright: ignore
+            raise NotImplementedError("three dimensions")
+        return super().create_optimizer(model)
+
+
+def test_an_optimizer_that_the_switch_could_not_make_anew_is_refused(tmp_path: Path) -> None:
+    """Before the first step. An optimizer made once would go on with weights that are gone."""
+    for cls, words in (
+        (MadeOnce, "the Trainer's optimizer isn't what its create_optimizer makes"),
+        (SetLater, "the Trainer's optimizer isn't what its create_optimizer makes"),
+        (ByDimension, "leaves out the factor 'transformer.h.0.attn.c_attn.weight' of the switched model"),
+        (Fails, "three dimensions"),
+    ):
+        for config in (LowRankConfig(), LowRankConfig(rank="auto", parameter_budget=0.5)):
+            one = cls(
+                build(),
+                arguments(tmp_path, dense_warmup_steps=1, max_steps=2),
+                train_dataset=DATA,
+                low_rank_config=config,
+            )
+            with pytest.raises((ValueError, NotImplementedError), match=words):
+                one.train()
+            assert one.state.global_step == 0
+
+
 class DecaysAll(LowRankTrainer):
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 from matrix import ARCHITECTURES
 from transformers import Trainer, TrainingArguments
 
@@ -165,8 +167,34 @@ def test_a_trainer_that_drives_nothing_is_warned_of(tmp_path: Path, caplog: pyte
     assert caplog.text.count("Targeted dropout is on, but no training step has begun") == 1
 
 
+def test_a_checkpoint_of_accelerate_keeps_the_candidates_beside_it(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model: Any = targeted()
+    context: Any = step_context(model)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+    def loss(step: int) -> float:
+        context.begin_step(step)
+        result = model.train()(**GPT2.batch()).loss
+        accelerator.backward(result)
+        optimizer.step()
+        optimizer.zero_grad()
+        return result.item()
+
+    loss(0)
+    accelerator.save_state(str(tmp_path))
+    context.save(tmp_path)
+    whole = loss(1)
+    accelerator.load_state(str(tmp_path))
+    context.load(tmp_path)
+    assert loss(1) == whole
+
+
 def test_what_a_run_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model has no targeted dropout. Pass a TargetedDropoutConfig"):
         run(Trainer, GPT2.build(), tmp_path, [TargetedDropoutCallback()])
     with pytest.raises(ValueError, match=r"the model has rate=[\d.]+, the callback rate=0.1\. Leave the"):
         run(Trainer, targeted(), tmp_path, [TargetedDropoutCallback(config(rate=0.1))])
+    differing = "has rate=0.5, the callback rate=0.1; scope='column', the callback scope='global'. Leave the callback"
+    with pytest.raises(ValueError, match=differing):
+        run(Trainer, targeted(), tmp_path, [TargetedDropoutCallback(config(rate=0.1, scope="global"))])

@@ -5,16 +5,18 @@ A module is swapped in place, by its `__class__`, not wrapped: references to it,
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_efx.core.model.method_config import EfxMethodConfig, fields_of
 from hf_efx.core.model.pretrained import weights_were_loaded
 from hf_efx.core.model.record import (
     EfxConfig,
     check_pruned,
     check_record,
+    config_class,
     efx_record,
     entry_config,
     foreign_methods,
@@ -30,9 +32,6 @@ from hf_efx.core.model.targets import check_names, warn_of_skipped
 from hf_efx.core.model.weight_view import is_factorised
 from hf_efx.core.model.wrappers import inner_model, refuse_data_parallel
 
-if TYPE_CHECKING:
-    from hf_efx.core.model.method_config import EfxMethodConfig
-
 logger = logging.getLogger(__name__)
 
 _ADAPTER = (
@@ -45,7 +44,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def get_efx_model(
     model: ModelT,
-    configs: "EfxConfig | EfxMethodConfig | Iterable[EfxMethodConfig] | None" = None,
+    configs: EfxConfig | EfxMethodConfig | Iterable[EfxMethodConfig] | None = None,
     *,
     pretrained: bool | None = None,
 ) -> ModelT:
@@ -100,12 +99,13 @@ def get_efx_model(
 
 
 def _plan_all(
-    model: nn.Module, methods: "list[EfxMethodConfig]", pretrained: bool | None
-) -> "list[tuple[EfxMethodConfig, dict[str, Any]]]":
+    model: nn.Module, methods: list[EfxMethodConfig], pretrained: bool | None
+) -> list[tuple[EfxMethodConfig, dict[str, Any]]]:
     """What each method does to which modules; raises where one can't be carried out, the model untouched."""
     dormant = {n: e["method"] for e in recorded_methods(model) for n in plan_for(model, e["modules"])}
     plans, taken = [], {}
     for config in methods:
+        _refuse_own_fields(config)
         check_names(model, config)
         targets = config.match(model)
         for name in targets:
@@ -129,6 +129,16 @@ def _plan_all(
         taken.update(dict.fromkeys(plan, config.method))
         plans.append((config, plan))
     return plans
+
+
+def _refuse_own_fields(config: EfxMethodConfig) -> None:
+    """Raises for a field of a subclass: `config.efx` goes by the method's name, and couldn't be read back."""
+    known = config_class(config.method)
+    if own := [name for name in fields_of(type(config)) if name not in fields_of(known)]:
+        raise ValueError(
+            f"{type(config).__name__}: the field {own[0]!r} isn't one of {known.__name__}, as which config.efx is "
+            f"read back, so that the model couldn't be loaded. Keep it elsewhere, such as in a class attribute."
+        )
 
 
 def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool = False, revive: bool = True) -> None:
@@ -162,7 +172,7 @@ def restore_efx_model(model: nn.Module, record: dict[str, Any], initialise: bool
         hold_pruned(inner)
 
 
-def _refuse_pruned(model: nn.Module, config: "EfxMethodConfig", plan: dict[str, Any]) -> None:
+def _refuse_pruned(model: nn.Module, config: EfxMethodConfig, plan: dict[str, Any]) -> None:
     """Raises where a method would replace pruned weights, and with them the zeros."""
     pruned = [name for name in pruned_modules(model) if name in plan]
     if config.changes_skeleton and pruned:
@@ -172,7 +182,7 @@ def _refuse_pruned(model: nn.Module, config: "EfxMethodConfig", plan: dict[str, 
         )
 
 
-def _refuse_tied(model: nn.Module, config: "EfxMethodConfig", plan: dict[str, Any]) -> None:
+def _refuse_tied(model: nn.Module, config: EfxMethodConfig, plan: dict[str, Any]) -> None:
     """Raises where transformers would tie what a method has replaced: tie_weights, which loading calls, too."""
     if not config.changes_skeleton or not isinstance(model, PreTrainedModel):
         return

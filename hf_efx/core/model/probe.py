@@ -30,19 +30,20 @@ def what_breaks(model: nn.Module, change: Callable[[nn.Module], None]) -> str | 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for inputs in _inputs(model):
             try:
-                _skeleton(model).train()(**inputs) if isinstance(inputs, dict) else _skeleton(model).train()(inputs)
+                skeleton(model).train()(**inputs) if isinstance(inputs, dict) else skeleton(model).train()(inputs)
             except Exception:  # noqa: BLE001, S112  (whatever it is, the model can't be tried like this)
                 continue
-            changed = _skeleton(model).train()
+            changed = skeleton(model).train()
             change(changed)
             return _failure(changed, inputs)
     return None
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
+def skeleton(model: nn.Module, device: str = "meta") -> nn.Module:
+    """A copy of a model without values; on a CPU its parameters take no memory as long as nothing writes to them."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
+        empty = torch.empty_like(tensor, device=device)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
 

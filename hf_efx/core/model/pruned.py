@@ -96,8 +96,8 @@ def is_held(module: nn.Module) -> bool:
 
 
 def has_zeros(module: Any) -> bool:
-    """Whether some weight of a module is zero, or may be (on the meta device)."""
-    return module.weight.is_meta or bool((module.weight == 0).any())
+    """Whether some weight of a module is zero, or may be (on the meta device, or in DeepSpeed's shards)."""
+    return module.weight.is_meta or not module.weight.numel() or bool((module.weight == 0).any())
 
 
 def _zeros_of(module: Any, spec: Mapping[str, Any]) -> list[Zeros]:

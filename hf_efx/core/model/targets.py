@@ -247,7 +247,7 @@ def check_names(model: nn.Module, config: Any) -> None:
         if not any(re.search(rf"(^|\.){pattern}\.\d+\.", name) for name in layers):
             raise ValueError(
                 f"{who}: layers_pattern={config.layers_pattern!r}: {type(model).__name__} has no list of layers that "
-                f"is called {pattern!r}, such as 'h' in {layers[0]!r}."
+                f"is called {pattern!r}: write the name before a layer's number, such as 'h' for 'transformer.h.0'."
             )
     indices = config.layers_to_transform
     for index in [indices] if isinstance(indices, int) else indices or ():

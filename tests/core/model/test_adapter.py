@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,7 +13,7 @@ from accelerate import cpu_offload
 from matrix import ARCHITECTURES
 from torch import nn
 from torch.nn.utils import prune
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_efx import (
     EfxConfig,
@@ -400,6 +401,15 @@ def test_layers_whose_weight_is_computed_are_named(compute: Any, caplog: pytest.
         model = get_efx_model(nn.Sequential(*layers), LowRankConfig())
     assert list(efx_record(model)["methods"][0]["modules"]) == ["1"]  # pyright: ignore
     assert caplog.text.count("computes their weights: 0. Make them plain first") == 1
+
+
+def test_transformers_itself_says_that_a_computed_weight_is_missing_from_a_checkpoint(tmp_path: Path) -> None:
+    """That is why such a model may be saved: nothing goes missing without a word."""
+    model = gpt2()
+    pruned_by_torch(model.transformer.h[0].mlp.c_fc)
+    get_efx_model(model, LowRankConfig(rank=2, init="he")).save_pretrained(tmp_path)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"transformer.h.0.mlp.c_fc.weight"}
 
 
 def test_a_head_that_the_config_ties_is_not_factorised() -> None:

@@ -1,5 +1,6 @@
 """What a config says to a user who writes it wrong, and what of it a record keeps."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -60,6 +61,14 @@ def test_an_unknown_key_says_what_to_write(config: Any, fields: dict[str, Any], 
 def test_what_is_no_config_says_what_to_write(configs: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         get_efx_model(GPT2.build(), configs)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_subclass_s_own_field_is_refused_since_it_could_not_be_read_back(config: Any) -> None:
+    own = dataclasses.make_dataclass("Own", [("extra", int, 3)], bases=(config,))
+    with pytest.raises(ValueError, match=rf"Own: the field 'extra' isn't one of {config.__name__}, as which"):
+        get_efx_model(GPT2.build(), own())
+    assert get_efx_model(GPT2.build(), type("Same", (config,), {})()) is not None
 
 
 NAMES: dict[str, tuple[dict[str, Any], str]] = {
