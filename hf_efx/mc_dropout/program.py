@@ -159,7 +159,7 @@ def _data(options: ScoringOptions) -> Dataset:
         pairs = load_pairs(None, options.source_column, options.target_column)
         split = options.split or "validation"
         if split not in pairs:
-            raise ValueError(f"split={split!r}: {NUMBER_WORDS} have {', '.join(pairs)}.")
+            raise ValueError(f"split={split!r}: {NUMBER_WORDS} have {', '.join(map(str, pairs))}.")
         rows = pairs[split]
     else:
         columns = {"source": options.source_column, "target": options.target_column}

@@ -83,7 +83,8 @@ class Translator:
         self, model: Any, tokenizer: Any, options: TranslationOptions | None = None, **generate_kwargs: Any
     ) -> None:
         self.options = options or TranslationOptions()
-        self.model, self._inner = model, unwrap_model(model)
+        self.model = model  # not what is inside: sampling says once what it unwraps
+        self._inner: Any = unwrap_model(model)
         base = base_model(model)
         if not base.can_generate():
             raise ValueError(f"{type(base).__name__} doesn't generate: load a model for seq2seq or causal LM.")
