@@ -1,9 +1,10 @@
 """hf_efx: research methods for efficient and uncertainty-aware training, over the Hugging Face ecosystem.
 
 Public names are imported when they are first used: `import hf_efx` loads neither torch nor peft. Its one side effect
-is a post-import hook: when transformers loads its quantizer registry, `hf_efx.core.model.loading` registers itself
-there, so that plain `AutoModel....from_pretrained` reads efx checkpoints, whichever of the two packages was imported
-first.
+is two post-import hooks: when transformers loads its quantizer registry, `hf_efx.core.model.loading` registers itself
+there, so that plain `AutoModel....from_pretrained` reads efx checkpoints; and when it loads its pipelines,
+`hf_efx.mc_dropout.pipeline` does, so that `pipeline("translation-with-uncertainty")` is known. It doesn't matter which
+of the two packages was imported first.
 """
 
 import importlib

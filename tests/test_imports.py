@@ -122,6 +122,8 @@ ORDER_PROGRAM = """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     print(AUTO_QUANTIZER_MAPPING["hf_efx"].__name__, AUTO_QUANTIZATION_CONFIG_MAPPING["hf_efx"].__name__)
     print("peft" in sys.modules, "hf_efx.core.model.adapter" in sys.modules)
+    from transformers.pipelines import PIPELINE_REGISTRY
+    print("translation-with-uncertainty" in PIPELINE_REGISTRY.get_supported_tasks())
 """
 
 
@@ -132,7 +134,7 @@ ORDER_PROGRAM = """
 )
 def test_either_order_registers_the_loading(imports: str, run_python: Callable[..., str]) -> None:
     lines = run_python(ORDER_PROGRAM.format(imports=imports)).splitlines()
-    assert lines == ["EfxQuantizer EfxConfig", "False False"]
+    assert lines == ["EfxQuantizer EfxConfig", "False False", "True"]
 
 
 @pytest.mark.parametrize("name", sorted(set(hf_efx.__all__) - {"__version__"}))

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from hf_efx.mc_dropout.options import TranslationOptions, checked_threshold
 from hf_efx.mc_dropout.sources import text_id

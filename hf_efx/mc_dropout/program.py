@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -32,7 +31,7 @@ from hf_efx.mc_dropout.threshold import saved_threshold
 from hf_efx.mc_dropout.translate import EMPTY
 from hf_efx.mc_dropout.translation_table import JSON_LINES, score_translations
 from hf_efx.programs.frame import not_the_input, run_program
-from hf_efx.programs.model_options import checkpoint_config
+from hf_efx.programs.model_options import checkpoint_config, computing_device
 
 RESULTS, PLOT = "results.json", "retention.png"
 STDIN, SHOWN = "-", 20  # rows of a file that are shown
@@ -101,6 +100,7 @@ class ScoringOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected 1 or more.")
+        computing_device(self.device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,8 +128,8 @@ def _program(command: str, options: ScoringOptions, translation: TranslationOpti
     name = str(options.model_name_or_path)
     kind: Any = AutoModelForSeq2SeqLM if checkpoint_config(name).is_encoder_decoder else AutoModelForCausalLM
     data = _data(options)
-    device = options.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    model, tokenizer = kind.from_pretrained(name).to(device), AutoTokenizer.from_pretrained(name)
+    model = kind.from_pretrained(name).to(computing_device(options.device))
+    tokenizer = AutoTokenizer.from_pretrained(name)
     threshold: Any = options.defer_above
     if threshold is None and options.defer_share is None:
         threshold = saved_threshold(model)
@@ -157,7 +157,10 @@ def _data(options: ScoringOptions) -> Dataset:
         return Dataset.from_dict({"source": [line.rstrip("\n") for line in sys.stdin]})
     if options.dataset is None:
         pairs = load_pairs(None, options.source_column, options.target_column)
-        rows = pairs[options.split or "validation"]
+        split = options.split or "validation"
+        if split not in pairs:
+            raise ValueError(f"split={split!r}: {NUMBER_WORDS} have {', '.join(map(str, pairs))}.")
+        rows = pairs[split]
     else:
         columns = {"source": options.source_column, "target": options.target_column}
         rows = load_rows(options.dataset, {key: column for key, column in columns.items() if column}, options.split)

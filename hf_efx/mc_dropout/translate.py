@@ -27,7 +27,7 @@ from hf_efx.core.scoring.decoding import (
     reads_padding,
     teacher_forcing,
 )
-from hf_efx.core.scoring.sampling import Samples, check_sampling, dropout_rates, sample_forward, sample_generate
+from hf_efx.core.scoring.sampling import Samples, check_sampling, sample_forward, sample_generate
 from hf_efx.core.scoring.scoring_state import base_model, scoring_state
 from hf_efx.mc_dropout.bleuvar import mbr_choice, mt_metrics, pairwise_bleu
 from hf_efx.mc_dropout.options import TranslationOptions
@@ -83,7 +83,8 @@ class Translator:
         self, model: Any, tokenizer: Any, options: TranslationOptions | None = None, **generate_kwargs: Any
     ) -> None:
         self.options = options or TranslationOptions()
-        self.model, self._inner = model, unwrap_model(model)
+        self.model = model  # not what is inside: sampling says once what it unwraps
+        self._inner: Any = unwrap_model(model)
         base = base_model(model)
         if not base.can_generate():
             raise ValueError(f"{type(base).__name__} doesn't generate: load a model for seq2seq or causal LM.")
@@ -124,7 +125,10 @@ class Translator:
     def settings(self) -> dict[str, Any]:
         """What translations and scores depend on beside options, weights and tokenizer, as JSON has it."""
         config, rest = self._answer_config()
-        made = {"answers": config, "dropout": dropout_rates(self._inner), **rest}
+        modules = list(self._inner.modules())
+        rates = {float(m.p) for m in modules if isinstance(m, torch.nn.Dropout)}
+        rates |= {v for m in modules for name, v in vars(m).items() if "drop" in name and isinstance(v, float)}
+        made = {"answers": config, "dropout": sorted(rates), **rest}
         if self.options.num_samples:
             made["samples"] = check_sampling(
                 self.model, self.options.masks, self.options.sites, self._reader.tokenizer, **self._sampling()

@@ -6,10 +6,25 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_efx.programs.command_line import was_given
+
+
+def computing_device(name: str | None) -> torch.device:
+    """The device of that name; None is the accelerator, if there is one.
+
+    Raises:
+        ValueError: If it can't be used.
+    """
+    try:
+        if name is None and torch.accelerator.is_available():
+            return torch.empty(0, device=torch.accelerator.current_accelerator()).device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} can't be used ({str(error).splitlines()[0]}).") from error
 
 
 @dataclass

@@ -14,12 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from hf_efx.core.data.fingerprints import data_fingerprint
 from hf_efx.core.results.evidence import print_results, write_results
 from hf_efx.programs.frame import not_the_input, run_program
-from hf_efx.programs.model_options import checkpoint_config
+from hf_efx.programs.model_options import checkpoint_config, computing_device
 from hf_efx.programs.run_folder import data_of_run
 from hf_efx.programs.task_data import load_task
 from hf_efx.programs.task_run import data_settings
@@ -100,10 +98,7 @@ class PrunabilityOptions:
         check_whole_number("samples", self.samples, 2)  # of one there is no interval
         check_whole_number("batch_size", self.batch_size, 1)
         check_whole_number("seed", self.seed, 0)
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device={self.device!r} can't be used ({str(error).splitlines()[0]}).") from error
+        computing_device(self.device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,9 +140,8 @@ def _measure(
     name: str, task: LearningTask, sample: Sample, options: PrunabilityOptions
 ) -> tuple[PrunabilityResult, dict[str, float]]:
     """Loads a checkpoint and measures it; the figures are those of the other measures and the seconds."""
-    device = options.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     model: Any = task.side_model(name, options.seed, trained=True)
-    model.to(device)
+    model.to(computing_device(options.device))
     names = ("tolerance", "criterion", "scope", "tolerance_mode", "exhaustive", "seed", "embeddings")
     start = time.perf_counter()
     result = measure_prunability(model, sample, **{key: getattr(options, key) for key in names})

@@ -76,7 +76,7 @@ def test_rows_depend_on_no_batch(kind, tmp_path):
     made = model_of({"nllb": "m2m100"}.get(kind, kind), tokenizer, **forced), tokenizer
     given = {**LANGUAGES.get(kind, {}), "num_beams": 2 if kind in ("bart", "gpt2") else None, "max_new_tokens": 8}
     whole = translate(made, **given)
-    assert len({text for row in whole for text in row.samples}) > 3
+    assert len({text for row in whole for text in row.samples}) >= 3
     turned = translate(made, SOURCES[::-1], max_batch_rows=4, **given)
     assert_same(turned[::-1], whole)
     for i in (0, 2):

@@ -186,12 +186,13 @@ def test_a_folder_of_another_run_is_refused(marian, tmp_path, calls):
         with pytest.raises(ValueError, match="holds translations made otherwise") as refused:
             score(made, data, output_dir=tmp_path, **given)
         assert words in str(refused.value) and "name another folder" in str(refused.value)
-    model.config.dropout, rate = 0.5, model.config.dropout  # as from_pretrained(..., dropout=0.5) would have it
+    decoder = model.model.decoder
+    decoder.dropout, rate = 0.5, decoder.dropout  # the weights are the same
     try:
-        with pytest.raises(ValueError, match="dropout.dropout='0.2', now '0.5'"):
+        with pytest.raises(ValueError, match=r"dropout='\[0.0, 0.2\]', now '\[0.0, 0.2, 0.5\]'"):
             score(marian, output_dir=tmp_path)
     finally:
-        model.config.dropout = rate
+        decoder.dropout = rate
     model.generation_config.num_beams = 2
     try:
         with pytest.raises(ValueError, match="answers.num_beams='1', now '2'"):

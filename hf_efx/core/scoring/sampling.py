@@ -362,7 +362,7 @@ def _check_rates(model: nn.Module) -> None:
             return
         if any("drop" in name and _is_rate(value) for name, value in vars(module).items()):
             return
-    if not any(_is_rate(value) for value in dropout_rates(model).values()):
+    if not any(_is_rate(value) for value in _rate_fields(model).values()):
         raise ValueError(_no_dropout(model, "no dropout has a rate above 0"))
 
 
@@ -370,7 +370,7 @@ def _is_rate(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
-def dropout_rates(model: nn.Module) -> dict[str, Any]:
+def _rate_fields(model: nn.Module) -> dict[str, Any]:
     """The config's fields, its parts' too, that hold rates of dropout, but for layers and paths that are dropped."""
     config = getattr(base_model(model), "config", None)
     found: dict[str, Any] = {}
@@ -387,7 +387,7 @@ def dropout_rates(model: nn.Module) -> dict[str, Any]:
 
 
 def _no_dropout(model: nn.Module, what: str) -> str:
-    fields = ", ".join(f"{name}={value}" for name, value in dropout_rates(model).items()) or "its config names none"
+    fields = ", ".join(f"{name}={value}" for name, value in _rate_fields(model).items()) or "its config names none"
     return (
         f"{type(base_model(model)).__name__} has no dropout to sample by, {what} ({fields}): "
         f"set a rate above 0 when the model is built or loaded, as in from_pretrained(..., dropout=0.1), choose other "
