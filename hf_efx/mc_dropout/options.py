@@ -87,20 +87,19 @@ class TranslationOptions:
         )
 
 
-def checked_threshold(
-    defer_above: float | DeferralThreshold | None, options: TranslationOptions, model: Any
-) -> float | None:
-    """The number above which the first of the scores defers; None for none.
+def checked_threshold(defer_above: float | DeferralThreshold | None, translator: Any) -> float | None:
+    """The number above which a Translator's first score defers; None for none.
 
     Raises:
         ValueError: For one that isn't finite, or a threshold made with another score, samples, masks or model.
     """
     if isinstance(defer_above, DeferralThreshold):
         defer_above.check(
-            score=options.scores[0],
-            num_samples=options.num_samples,
-            masks=options.masks,
-            model=None if defer_above.model is None else weights_fingerprint(model),
+            score=translator.options.scores[0],
+            num_samples=translator.options.num_samples,
+            masks=translator.options.masks,
+            model=None if defer_above.model is None else weights_fingerprint(translator.model),
+            generation=None if defer_above.generation is None else translator.settings(),
         )
         return defer_above.defer_above
     if defer_above is not None and not math.isfinite(defer_above):

@@ -67,7 +67,9 @@ class TranslationWithUncertaintyPipeline(Pipeline):
 
     def preprocess(self, input_: Any, **_: Any) -> dict[str, Any]:
         if not isinstance(input_, str):
-            raise ValueError(f"input {input_!r}: expected a text, or a list of texts.")
+            raise ValueError(
+                f"input {input_!r}: expected a text, a list or generator of texts, or a data set's column."
+            )
         return {"source": input_}
 
     def _forward(self, input_tensors: dict[str, Any], **given: Any) -> dict[str, Any]:
@@ -124,8 +126,8 @@ class TranslationWithUncertaintyPipeline(Pipeline):
             wanted = given.get("defer_above")
             if wanted is None and (options.num_samples or (self.threshold and self.threshold.num_samples == 0)):
                 wanted = self.threshold  # one of samples says nothing of a translation without them
-            threshold = checked_threshold(wanted, options, self.model)
-            self._made = dict(given), Translator(self.model, self.tokenizer, options, **rest), threshold
+            translator = Translator(self.model, self.tokenizer, options, **rest)
+            self._made = dict(given), translator, checked_threshold(wanted, translator)
         return self._made[1:]
 
 

@@ -25,7 +25,7 @@ UNCERTAINTY_FILE = "uncertainty.json"
 
 @dataclass(frozen=True)
 class DeferralThreshold:
-    """A threshold, and what it holds for: another score, number of samples, kind of masks or model needs its own.
+    """A threshold, and what it holds for: other scores, samples or models need their own.
 
     Attributes:
         defer_above: A source that scores higher is deferred.
@@ -33,8 +33,10 @@ class DeferralThreshold:
         score: Name of the score, of `UNCERTAINTIES`.
         num_samples: Samples a source that the score was made from; 0 for a score that needs none.
         masks: "position" or "sequence", as `sample_generate` drew them.
-        model: Name or fingerprint of the model; None where it wasn't recorded, and isn't compared.
+        model: Fingerprint of the model's weights; None where it wasn't recorded, and isn't compared.
         sources: How many it was chosen from.
+        generation: How answers and samples were generated (`Translator.settings`): the modules with dropout, its
+            rates, beams, temperature; None where it wasn't recorded, and isn't compared.
         versions: Of the libraries that the scores were made with.
 
     Raises:
@@ -48,6 +50,7 @@ class DeferralThreshold:
     masks: str
     model: str | None
     sources: int
+    generation: Mapping[str, str] | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
 
     def __post_init__(self) -> None:
@@ -66,7 +69,15 @@ class DeferralThreshold:
         """Which sources to defer, [n] bool. One without a score (NaN), such as an empty one, isn't deferred."""
         return np.asarray(scores, np.float64) > self.defer_above
 
-    def check(self, *, score: str, num_samples: int, masks: str, model: str | None = None) -> None:
+    def check(
+        self,
+        *,
+        score: str,
+        num_samples: int,
+        masks: str,
+        model: str | None = None,
+        generation: Mapping[str, str] | None = None,
+    ) -> None:
         """Compares what the threshold was made with to what it is to be used with.
 
         Args:
@@ -74,14 +85,18 @@ class DeferralThreshold:
             num_samples: As the field.
             masks: As the field.
             model: As the field; None isn't compared.
+            generation: As the field; None isn't compared.
 
         Raises:
             ValueError: If they differ; it names both.
         """
-        now = {"score": score, "num_samples": num_samples, "masks": masks, "model": model}
+        now: dict[str, Any] = {"score": score, "num_samples": num_samples, "masks": masks, "model": model}
         then = {name: getattr(self, name) for name in now}
         if model is None or self.model is None:
             now["model"] = then["model"] = None
+        if generation is not None and self.generation is not None:
+            for name in sorted({*generation, *self.generation}):
+                now[name], then[name] = generation.get(name), self.generation.get(name)
         if wrong := [f"{name}={then[name]!r}, not {now[name]!r}" for name in now if now[name] != then[name]]:
             raise ValueError(
                 f"the threshold {self.defer_above:g} was made with {'; '.join(wrong)}: choose one for this setting "
@@ -149,6 +164,7 @@ def choose_threshold(
     num_samples: int = 10,
     masks: str = "position",
     model: str | None = None,
+    generation: Mapping[str, str] | None = None,
 ) -> DeferralThreshold:
     """Chooses the score above which to defer, so that of these sources a share is deferred, or less where they tie.
 
@@ -158,7 +174,8 @@ def choose_threshold(
         score: Name of the score.
         num_samples: Samples a source that the scores were made from.
         masks: How they were drawn.
-        model: Name or fingerprint of the model: with it a threshold refuses other models.
+        model: Fingerprint of the model's weights: with it the threshold refuses other models.
+        generation: `Translator.settings()`: with it the threshold refuses samples made otherwise.
 
     Raises:
         ValueError: For a score that isn't finite, or an argument out of range.
@@ -173,7 +190,9 @@ def choose_threshold(
     if not 0 < share < 1:
         raise ValueError(f"share={share!r}: expected the share to defer, above 0 and below 1.")
     rank = len(values) - 1 - math.floor(share * len(values) + 1e-9)
-    threshold = DeferralThreshold(float(values[rank]), share, score, num_samples, masks, model, len(values))
+    threshold = DeferralThreshold(
+        float(values[rank]), share, score, num_samples, masks, model, len(values), generation
+    )
     above = threshold.deferred(values).mean()
     if above < share / 2:
         logger.warning(

@@ -128,7 +128,7 @@ class Translator:
         modules = list(self._inner.modules())
         rates = {float(m.p) for m in modules if isinstance(m, torch.nn.Dropout)}
         rates |= {v for m in modules for name, v in vars(m).items() if "drop" in name and isinstance(v, float)}
-        made = {"answers": config, "dropout": sorted(rates), **rest}
+        made = {"answers": config, "dropout": sorted(rates), "sites": self.options.sites, **rest}
         if self.options.num_samples:
             made["samples"] = check_sampling(
                 self.model, self.options.masks, self.options.sites, self._reader.tokenizer, **self._sampling()

@@ -81,7 +81,7 @@ def score_translations(
     if taken := sorted(set(rest.column_names) & set(_schema(options).names)):
         raise ValueError(f"the data has a column {taken[0]!r}, which the scores need: rename or remove it.")
     translator = Translator(model, tokenizer, options, **generate_kwargs)
-    threshold = checked_threshold(defer_above, options, model)
+    threshold = checked_threshold(defer_above, translator)
     settings = {
         "options": {**dataclasses.asdict(options), "max_batch_rows": None},
         "generation": translator.settings(),
@@ -102,7 +102,7 @@ def score_translations(
             bar.update(len(places))
     done = [rows.done[i] for i in ids]
     if defer_share is not None:
-        threshold = _chosen(done, defer_share, options, settings["model"], rows.folder)
+        threshold = _chosen(done, defer_share, options, settings, rows.folder)
     for row in done:
         score = row[options.scores[0]]
         row["deferred"] = None if threshold is None else score is not None and score > threshold
@@ -120,11 +120,14 @@ def _check_arguments(options: TranslationOptions, batch_size: int, defer_above: 
         raise ValueError(f"defer_share={defer_share!r}: expected a share above 0 and below 1.")
 
 
-def _chosen(rows: list[dict[str, Any]], share: float, options: TranslationOptions, model: str, folder: Any) -> float:
+def _chosen(
+    rows: list[dict[str, Any]], share: float, options: TranslationOptions, settings: dict[str, Any], folder: Any
+) -> float:
     """The threshold that defers this share, which goes into the folder."""
     name = options.scores[0]
     scores = [row[name] for row in rows if row[name] is not None]
-    made = {"score": name, "num_samples": options.num_samples, "masks": options.masks, "model": model}
+    made = {"score": name, "num_samples": options.num_samples, "masks": options.masks}
+    made |= {key: settings[key] for key in ("model", "generation")}
     threshold = choose_threshold(scores, share, **made)
     if folder is not None:
         threshold.save(folder)
