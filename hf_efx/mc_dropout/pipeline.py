@@ -4,17 +4,16 @@ import copy
 import inspect
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 from transformers.utils.hub import PushToHubMixin
 
-from hf_efx.mc_dropout.options import TranslationOptions, checked_threshold
-from hf_efx.mc_dropout.sources import text_id
-from hf_efx.mc_dropout.threshold import DeferralThreshold, saved_threshold
-from hf_efx.mc_dropout.translate import Translator
+# Whatever imports transformers.pipelines imports this file: what takes long waits until a pipeline is made.
+if TYPE_CHECKING:
+    from hf_efx.mc_dropout.translate import Translator
 
 TASK = "translation-with-uncertainty"
 
@@ -48,6 +47,8 @@ class TranslationWithUncertaintyPipeline(Pipeline):
     _load_tokenizer = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        from hf_efx.mc_dropout.threshold import DeferralThreshold, saved_threshold
+
         super().__init__(*args, **kwargs)
         if self.tokenizer is None:
             raise ValueError(f"{TASK} needs the model's tokenizer: give tokenizer=.")
@@ -73,6 +74,8 @@ class TranslationWithUncertaintyPipeline(Pipeline):
         return {"source": input_}
 
     def _forward(self, input_tensors: dict[str, Any], **given: Any) -> dict[str, Any]:
+        from hf_efx.mc_dropout.sources import text_id
+
         translator, threshold = self._settings(given)
         sources = input_tensors["source"]  # of a batch a list
         texts = [sources] if isinstance(sources, str) else list(sources)
@@ -118,8 +121,11 @@ class TranslationWithUncertaintyPipeline(Pipeline):
             kwargs = {name: value for name, value in kwargs.items() if name in {*of_hub, "max_shard_size", "token"}}
             self.push_to_hub(repo_id or Path(save_directory).absolute().name, **kwargs)
 
-    def _settings(self, given: dict[str, Any]) -> tuple[Translator, float | None]:
+    def _settings(self, given: dict[str, Any]) -> "tuple[Translator, float | None]":
         """The translator, and above which score it defers, of these arguments."""
+        from hf_efx.mc_dropout.options import TranslationOptions, checked_threshold
+        from hf_efx.mc_dropout.translate import Translator
+
         if self._made is None or self._made[0] != given:
             own, rest = TranslationOptions.split({k: v for k, v in given.items() if k != "defer_above"})
             options = TranslationOptions(**own)

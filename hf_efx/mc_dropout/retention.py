@@ -8,7 +8,7 @@ import numpy as np
 
 from hf_efx.core.results.curves import RetentionCurve
 from hf_efx.core.results.statistics import Interval, percentile_interval
-from hf_efx.mc_dropout.bleuvar import MAX_ORDER, bleu_from_counts, bleu_signature, ngram_ids, tokens
+from hf_efx.mc_dropout.bleu import MAX_ORDER, bleu_from_counts, bleu_signature, ngram_ids, tokens
 from hf_efx.mc_dropout.detection import Scores, finite_scores
 
 FRACTIONS = tuple(step / 20 for step in range(1, 21))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_efx.mc_dropout.bleuvar import SampledTexts, bleuvar, over_sources
+from hf_efx.mc_dropout.bleu import SampledTexts, bleuvar, over_sources
 from hf_efx.mc_dropout.similarity import pairwise_chrf, pairwise_rouge_l
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hf_efx.mc_dropout.bleuvar import mt_metrics, tokens, unique_items
+from hf_efx.mc_dropout.bleu import mt_metrics, tokens, unique_items
 
 
 def pairwise_rouge_l(texts: Sequence[str]) -> np.ndarray:

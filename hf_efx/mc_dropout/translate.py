@@ -29,7 +29,7 @@ from hf_efx.core.scoring.decoding import (
 )
 from hf_efx.core.scoring.sampling import Samples, check_sampling, sample_forward, sample_generate
 from hf_efx.core.scoring.scoring_state import base_model, scoring_state
-from hf_efx.mc_dropout.bleuvar import mbr_choice, mt_metrics, pairwise_bleu
+from hf_efx.mc_dropout.bleu import mbr_choice, mt_metrics, pairwise_bleu
 from hf_efx.mc_dropout.options import TranslationOptions
 from hf_efx.mc_dropout.scores import (
     Evidence,

@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study."""
     from hf_efx.core.data.text_data import content_fingerprint, source_name
     from hf_efx.core.results.evidence import StudyRows, print_results, public_command, write_results
-    from hf_efx.mc_dropout.bleuvar import bleu_signature
+    from hf_efx.mc_dropout.bleu import bleu_signature
 
     options = parse(argv)
     path = options.output or (Path("runs/reproduce") if options.quick else HERE / "results") / "mc_dropout.json"

@@ -97,7 +97,7 @@ def test_lists_generators_and_data_sets(translate):
     assert_same(translate(list(data["de"])[::-1], batch_size=9), single[::-1])
     assert translate([]) == []
     for wrong in (3, ["eins", None], {"text": "eins"}):
-        with pytest.raises(ValueError, match="expected a text, or a list of texts"):
+        with pytest.raises(ValueError, match="expected a text, a list or generator"):
             translate(wrong)
 
 

@@ -21,7 +21,7 @@ from hf_efx.mc_dropout import (
     sentence_chrf,
     token_statistics,
 )
-from hf_efx.mc_dropout.bleuvar import tokens
+from hf_efx.mc_dropout.bleu import tokens
 from hf_efx.mc_dropout.scores import beam_score, chrf, lexical_similarity, sequence_probability, uncertainty_needs
 
 # Two samples that differ about the first token and agree about the second; a third position is padding.

@@ -212,6 +212,9 @@ def test_a_share_is_deferred_and_its_threshold_kept(marian, tmp_path):
     assert (threshold.num_samples, threshold.masks, threshold.score) == (2, "position", "bleuvar")
     assert table["deferred"][:] == [value > threshold.defer_above for value in table["bleuvar"]]
     assert score(marian, defer_above=threshold)["deferred"][:] == table["deferred"][:]
+    for given in ({"sites": ["decoder"]}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.5}):
+        with pytest.raises(ValueError, match="the threshold .* was made with .*(sites|num_beams|do_sample)"):
+            score(marian, defer_above=threshold, **given)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import sacrebleu
 
 from hf_efx.mc_dropout import bleuvar, mbr_choice, pairwise_bleu
-from hf_efx.mc_dropout.bleuvar import bleu_signature, sentence_bleu_metric, tokens
+from hf_efx.mc_dropout.bleu import bleu_signature, sentence_bleu_metric, tokens
 
 SAMPLES = ["a b c", "a b d", "a b"]
 # "a b c" against "a b d": 2 of 3 tokens, 1 of 2 pairs, none of the one triple, which counts as half of it.
@@ -60,7 +60,7 @@ def test_many_long_texts_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch)
     draw = random.Random(1)
     texts = [random_text(draw) for _ in range(12)]
     whole = pairwise_bleu(texts)
-    monkeypatch.setattr(sys.modules["hf_efx.mc_dropout.bleuvar"], "_BLOCK", 1)
+    monkeypatch.setattr(sys.modules["hf_efx.mc_dropout.bleu"], "_BLOCK", 1)
     np.testing.assert_array_equal(pairwise_bleu(texts), whole)
 
 
