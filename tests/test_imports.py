@@ -7,10 +7,12 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hf_efx
+import hf_efx.mc_dropout
 from hf_efx.registry import METHODS
 
 PACKAGE = Path(hf_efx.__file__).parent
@@ -123,7 +125,7 @@ ORDER_PROGRAM = """
     print(AUTO_QUANTIZER_MAPPING["hf_efx"].__name__, AUTO_QUANTIZATION_CONFIG_MAPPING["hf_efx"].__name__)
     print("peft" in sys.modules, "hf_efx.core.model.adapter" in sys.modules)
     from transformers.pipelines import PIPELINE_REGISTRY
-    print("translation-with-uncertainty" in PIPELINE_REGISTRY.get_supported_tasks())
+    print("translation-with-uncertainty" in PIPELINE_REGISTRY.get_supported_tasks(), "datasets" in sys.modules)
 """
 
 
@@ -134,7 +136,7 @@ ORDER_PROGRAM = """
 )
 def test_either_order_registers_the_loading(imports: str, run_python: Callable[..., str]) -> None:
     lines = run_python(ORDER_PROGRAM.format(imports=imports)).splitlines()
-    assert lines == ["EfxQuantizer EfxConfig", "False False", "True"]
+    assert lines == ["EfxQuantizer EfxConfig", "False False", "True False"]
 
 
 @pytest.mark.parametrize("name", sorted(set(hf_efx.__all__) - {"__version__"}))
@@ -150,12 +152,13 @@ def test_public_name_is_there_and_described(name: str) -> None:
                 assert member.__doc__, f"{name}.{attribute}"
 
 
-def test_names_agree_with_the_type_checker_s() -> None:
-    tree = ast.parse(Path(hf_efx.__file__).read_text())
+@pytest.mark.parametrize("package", [hf_efx, hf_efx.mc_dropout], ids=lambda package: package.__name__)
+def test_names_agree_with_the_type_checker_s(package: Any) -> None:
+    tree = ast.parse(Path(package.__file__).read_text())
     block = next(n for n in tree.body if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING")
     checked = {alias.asname or alias.name for n in block.body if isinstance(n, ast.ImportFrom) for alias in n.names}
-    assert checked == set(hf_efx.__all__) - {"__version__"}
-    assert set(hf_efx.__all__) <= set(dir(hf_efx))
+    assert checked == set(package.__all__) - {"__version__"}
+    assert set(package.__all__) <= set(dir(package))
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

@@ -214,9 +214,9 @@ def examples(study: Study, test: Any, seed: int, count: int = 3) -> dict[str, li
     sources = [*test["source"], *test["nl"]]
     above = values > np.quantile(values[~study.shifted], 1 - DEFERRED)
     kinds = {
-        "deferred rightly": (above & (quality < 30), -values),
-        "deferred wrongly": (above & (quality > 80), -values),
-        "kept wrongly": (~above & (quality < 30), values),
+        "deferred rightly": (above & (quality < 0.3), -values),
+        "deferred wrongly": (above & (quality > 0.8), -values),
+        "kept wrongly": (~above & (quality < 0.3), values),
     }
     return {
         kind: [
