@@ -213,7 +213,7 @@ _ROWS = (
         quality=Figure(
             "study",
             "AUROC of BLEUVar (N = 10) for Dutch sources of the same English",
-            "AUROC {:.3f} for Dutch shown to a German-English model",
+            "AUROC {:.3f} for Dutch shown to a German-English model (number words)",
         ),
         cost=Figure(
             "benchmark",
