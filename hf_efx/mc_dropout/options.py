@@ -24,31 +24,48 @@ class TranslationOptions:
     )
     masks: Literal["position", "sequence"] = field(
         default="position",
-        metadata={"help": "Dropout masks drawn anew at every position, as in training, or once a sample."},
+        metadata={
+            "help": "Dropout masks 'position' draws anew at every position, as in training, 'sequence' once a sample: one draw "
+            "of the weights. Which the paper means isn't known here; they tell shifted sources apart alike."
+        },
     )
     sites: list[str] | None = field(
-        default=None, metadata={"help": "Patterns of the modules whose dropout is on; without them: all."}
+        default=None,
+        metadata={
+            "help": "Modules whose dropout is on, such as 'encoder' or 'decoder.layers.0'; without them all. Fewer make samples "
+            "more alike. An empty list with do_sample=True draws by temperature alone."
+        },
     )
     num_beams: int | None = field(
         default=None,
-        metadata={"help": "Beams of answer and samples. Without it: the model's own of the answer, samples greedy."},
+        metadata={
+            "help": "Beams of answer and samples. Without it: the model's own of the answer, samples greedy, which is several "
+            "times as fast as samples by beam search."
+        },
     )
     choose: Literal["answer", "mbr"] = field(
         default="answer",
         metadata={
-            "help": "The translation: the model's own answer, or the sample most like the others (minimum Bayes risk)."
+            "help": "The translation: 'answer' is the model's own, 'mbr' the sample most like the others (minimum Bayes risk): "
+            "safer where the model is unsure, and it has what dropout did to it."
         },
     )
     src_lang: str | None = field(default=None, metadata={"help": "Language of the sources, of a multilingual model."})
     tgt_lang: str | None = field(default=None, metadata={"help": "Language to translate to, of a multilingual model."})
     truncation: bool = field(
         default=False,
-        metadata={"help": "Cut sources longer than the model's positions; else they are refused."},
+        metadata={
+            "help": "Cut sources longer than the model's positions, and say so in the note: what is behind is not translated. "
+            "Without it they are refused."
+        },
     )
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "Tokens of a translation at most. Without it: from the source's length."}
     )
-    max_batch_rows: int = field(default=160, metadata={"help": "Rows (sources x samples x beams) of a model call."})
+    max_batch_rows: int = field(
+        default=160,
+        metadata={"help": "Rows (sources x samples x beams) of a model call: more are faster and take more memory."},
+    )
     seed: int = field(default=0, metadata={"help": "Of the masks: the same seed gives the same samples."})
 
     def __post_init__(self) -> None:
