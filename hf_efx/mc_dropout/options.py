@@ -25,29 +25,29 @@ class TranslationOptions:
     masks: Literal["position", "sequence"] = field(
         default="position",
         metadata={
-            "help": "Dropout masks 'position' draws anew at every position, as in training, 'sequence' once a sample: one draw "
-            "of the weights. Which the paper means isn't known here; they tell shifted sources apart alike."
+            "help": "Dropout masks 'position' draws anew at every position, as in training, 'sequence' once a sample: one "
+            "draw of the weights. They tell shifted sources apart alike."
         },
     )
     sites: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules whose dropout is on, such as 'encoder' or 'decoder.layers.0'; without them all. Fewer make samples "
-            "more alike. An empty list with do_sample=True draws by temperature alone."
+            "help": "Modules whose dropout is on, such as 'encoder' or 'decoder.layers.0'; without them all. Fewer make "
+            "samples more alike. An empty list with do_sample=True draws by temperature alone."
         },
     )
     num_beams: int | None = field(
         default=None,
         metadata={
-            "help": "Beams of answer and samples. Without it: the model's own of the answer, samples greedy, which is several "
-            "times as fast as samples by beam search."
+            "help": "Beams of answer and samples. Without it: the model's own of the answer, samples greedy, which is "
+            "several times as fast."
         },
     )
     choose: Literal["answer", "mbr"] = field(
         default="answer",
         metadata={
-            "help": "The translation: 'answer' is the model's own, 'mbr' the sample most like the others (minimum Bayes risk): "
-            "safer where the model is unsure, and it has what dropout did to it."
+            "help": "The translation: 'answer' is the model's own, 'mbr' the sample most like the others (minimum Bayes "
+            "risk), with what dropout did to it."
         },
     )
     src_lang: str | None = field(default=None, metadata={"help": "Language of the sources, of a multilingual model."})
@@ -55,8 +55,8 @@ class TranslationOptions:
     truncation: bool = field(
         default=False,
         metadata={
-            "help": "Cut sources longer than the model's positions, and say so in the note: what is behind is not translated. "
-            "Without it they are refused."
+            "help": "Cut sources longer than the model's positions, and say so in the note: what is behind is not "
+            "translated. Without it they are refused."
         },
     )
     max_new_tokens: int | None = field(
