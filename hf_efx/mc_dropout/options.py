@@ -25,15 +25,15 @@ class TranslationOptions:
     masks: Literal["position", "sequence"] = field(
         default="position",
         metadata={
-            "help": "Dropout masks 'position' draws anew at every position, as in training, 'sequence' once a sample: one "
-            "draw of the weights. They tell shifted sources apart alike."
+            "help": "Dropout masks 'position' draws anew at every position, as in training, 'sequence' once a sample: "
+            "one draw of the weights. They tell shifted sources apart alike."
         },
     )
     sites: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules whose dropout is on, such as 'encoder' or 'decoder.layers.0'; without them all. Fewer make "
-            "samples more alike. An empty list with do_sample=True draws by temperature alone."
+            "help": "Modules whose dropout is on, such as 'encoder' or 'decoder.layers.0'; without them all. Fewer "
+            "make samples more alike. An empty list with do_sample=True draws by temperature alone."
         },
     )
     num_beams: int | None = field(
@@ -46,8 +46,8 @@ class TranslationOptions:
     choose: Literal["answer", "mbr"] = field(
         default="answer",
         metadata={
-            "help": "The translation: 'answer' is the model's own, 'mbr' the sample most like the others (minimum Bayes "
-            "risk), with what dropout did to it."
+            "help": "The translation: 'answer' is the model's own, 'mbr' the sample most like the others (minimum "
+            "Bayes risk), with what dropout did to it."
         },
     )
     src_lang: str | None = field(default=None, metadata={"help": "Language of the sources, of a multilingual model."})
