@@ -36,6 +36,7 @@ SCRIPTS = {
     "train_rho_loss": "rho_loss",
     "train_slice_out": "slice_out",
     "train_targeted_dropout": "targeted_dropout",
+    "translate_with_uncertainty": "mc_dropout.translate_main",
 }
 SHORT = [*QUIET, "--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "4", "--no_plot"]
 SHORT += ["--per_device_train_batch_size", "4"]
