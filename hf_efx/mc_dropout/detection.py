@@ -169,7 +169,9 @@ def finite_scores(scores: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name}={list(scores)}: expected the numbers of one score.")
     values = np.asarray(scores, np.float64)
     wrong = int((~np.isfinite(values)).sum())
-    if wrong or not values.size or values.ndim not in (1, 2):
+    if not values.size:
+        raise ValueError(f"{name} are empty: expected the numbers of one score.")
+    if wrong or values.ndim not in (1, 2):
         raise ValueError(
             f"{name} of shape {list(values.shape)}, of which {wrong} aren't finite: expected numbers; leave out the "
             f"sources without a score, such as empty ones."

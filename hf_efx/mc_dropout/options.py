@@ -75,6 +75,8 @@ class TranslationOptions:
                 raise ValueError(f"{name}={value!r}: expected an integer.")
             if value is not None and value < 1 and name not in ("num_samples", "seed"):
                 raise ValueError(f"{name}={value}: expected 1 or more.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: expected 0 or more, below 2^63.")
         if self.num_samples == 1 or self.num_samples < 0:
             raise ValueError(f"num_samples={self.num_samples}: one sample has nothing to differ from, give 2 or more.")
         for name, known in (("masks", ("position", "sequence")), ("choose", ("answer", "mbr"))):

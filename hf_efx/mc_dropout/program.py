@@ -151,10 +151,21 @@ def _program(command: str, options: ScoringOptions, translation: TranslationOpti
             _write(table, folder, translation, options, command)
 
 
+def _lines(stream: Any) -> list[str]:
+    """The lines of standard input, without a byte-order mark or the ends of Windows' lines."""
+    lines = [line.rstrip("\r\n") for line in stream]
+    for number, line in enumerate(lines, start=1):
+        if any("\ud800" <= character <= "\udfff" for character in line):  # what wasn't UTF-8
+            raise ValueError(f"standard input isn't UTF-8 in line {number}: convert it.")
+    if not lines:
+        raise ValueError("standard input has no lines: give texts, or name a file with --dataset.")
+    return [lines[0].removeprefix("\ufeff"), *lines[1:]]
+
+
 def _data(options: ScoringOptions) -> Dataset:
     """The rows, sources under `source` and translations, if there are any, under `target`."""
     if options.dataset == STDIN:
-        return Dataset.from_dict({"source": [line.rstrip("\n") for line in sys.stdin]})
+        return Dataset.from_dict({"source": _lines(sys.stdin)})
     if options.dataset is None:
         pairs = load_pairs(None, options.source_column, options.target_column)
         split = options.split or "validation"

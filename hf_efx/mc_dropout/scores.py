@@ -267,11 +267,14 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
+OWN_UNCERTAINTIES = frozenset(UNCERTAINTIES)
+
+
 def register_uncertainty(name: str, function: Uncertainty, needs: Sequence[str] = ("texts",)) -> None:
     """Makes a score of one's own available by name.
 
     Args:
-        name: A new name, such as a column of a table may have.
+        name: Such as a column of a table may have; an earlier score of one's own gives way.
         function: From the fields of `Evidence` that `needs` names, in that order, to [n] numbers, higher being less
             certain.
         needs: Fields of `Evidence`: only what some score needs is measured.
@@ -286,8 +289,9 @@ def register_uncertainty(name: str, function: Uncertainty, needs: Sequence[str] 
         ...     return np.std(log_probs, axis=1)
         >>> register_uncertainty("log_prob_spread", spread, needs=["sample_log_probs"])
     """
-    if name in UNCERTAINTIES or not name.isidentifier():
-        raise ValueError(f"name={name!r} is {'taken' if name in UNCERTAINTIES else 'no identifier'}: choose another.")
+    taken = {*OWN_UNCERTAINTIES, "example_id", "source", "target", "translation", "samples", "deferred", "note"}
+    if name in taken or not name.isidentifier():
+        raise ValueError(f"name={name!r} is {'taken' if name in taken else 'no identifier'}: choose another.")
     if isinstance(needs, str) or not needs or set(needs) - set(_EVIDENCE):
         raise ValueError(f"needs={needs!r}: expected a list of fields of Evidence, of {', '.join(_EVIDENCE)}.")
     UNCERTAINTIES[name] = function

@@ -6,8 +6,11 @@ pipeline are built on it.
 """
 
 import dataclasses
+import hashlib
 import math
 import re
+import types
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.decoding import (
@@ -32,6 +35,8 @@ from hf_efx.core.scoring.scoring_state import base_model, scoring_state
 from hf_efx.mc_dropout.bleu import mbr_choice, mt_metrics, pairwise_bleu
 from hf_efx.mc_dropout.options import TranslationOptions
 from hf_efx.mc_dropout.scores import (
+    OWN_UNCERTAINTIES,
+    UNCERTAINTIES,
     Evidence,
     TokenStatistics,
     compute_uncertainties,
@@ -83,9 +88,11 @@ class Translator:
         self, model: Any, tokenizer: Any, options: TranslationOptions | None = None, **generate_kwargs: Any
     ) -> None:
         self.options = options or TranslationOptions()
+        base = base_model(model) if isinstance(model, torch.nn.Module) else model
+        if not isinstance(base, PreTrainedModel):
+            raise ValueError(f"model={str(model)[:60]!r} is a {type(model).__name__}: load a transformers model.")
         self.model = model  # not what is inside: sampling says once what it unwraps
         self._inner: Any = unwrap_model(model)
-        base = base_model(model)
         if not base.can_generate():
             raise ValueError(f"{type(base).__name__} doesn't generate: load a model for seq2seq or causal LM.")
         self._reader = SourceReader(base, tokenizer, self.options)
@@ -138,11 +145,8 @@ class Translator:
             value = value.to_diff_dict() if isinstance(value, GenerationConfig) else value
             flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
         hidden = ("transformers_version", "pad_token_id", "_from_model_config")
-        return {
-            name: re.sub(" at 0x[0-9a-f]+", "", repr(value))
-            for name, value in flat.items()
-            if not name.endswith(hidden)
-        }
+        flat |= {f"score {name}": UNCERTAINTIES[name] for name in set(self.options.scores) - OWN_UNCERTAINTIES}
+        return {name: _told_apart(value) for name, value in flat.items() if not name.endswith(hidden)}
 
     def __call__(self, sources: Sequence[str], ids: Sequence[int]) -> list[Translation]:
         """Translates sources.
@@ -275,6 +279,30 @@ class Translator:
             rows = slice(start, start + step)
             part = {name: value[rows] for name, value in inputs.items()}
             yield rows, teacher_forcing(self._inner, part, answers.sequences[rows])
+
+
+def _code(code: types.CodeType) -> list[Any]:
+    """What a function does, as text: what it reads from elsewhere isn't part of it."""
+    constants = [_code(one) if isinstance(one, types.CodeType) else repr(one) for one in code.co_consts]
+    return [code.co_code, code.co_names, constants]
+
+
+def _told_apart(value: Any) -> str:
+    """A value as text, equal for equal ones; of one that can't be compared, such as a processor, never the same."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_told_apart, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_told_apart(one)}' for name, one in value.items())}}}"
+    if isinstance(value, torch.Tensor):
+        return repr(value.tolist())
+    name = re.sub(" at 0x[0-9a-f]+", "", repr(value))
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        parts = [*_code(value.__code__), _told_apart([value.__defaults__, value.__kwdefaults__, cells])]
+        return f"{name} {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+    return f"{name}, which can't be compared with another run's ({uuid.uuid4().hex[:8]})"
 
 
 @dataclass(frozen=True)

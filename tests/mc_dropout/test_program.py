@@ -76,6 +76,16 @@ def test_a_finished_folder_calls_no_model_and_another_setting_is_refused(model, 
     assert "seed=0, now 4" in line and "name another folder" in line
 
 
+def test_standard_input_as_windows_writes_it(model, tmp_path, monkeypatch, capsys):
+    translate(monkeypatch, "\ufeffeins\r\nzwei\r\n", "--model", model, *SHORT, "--json")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["source"] for row in rows] == ["eins", "zwei"]
+    for text, words in (("", "has no lines"), ("eins\n\udce4\n", "isn't UTF-8 in line 2")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        argv = ["--dataset", "-", "--model", model, *SHORT, "--output_dir", tmp_path / "out"]
+        assert words in refused("mc_dropout", capsys, *argv)
+
+
 def test_lines_of_standard_input(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     translate(monkeypatch, "eins zwei\n\nacht\n", "--model", model, *SHORT, "--json", "--defer_above", 0.5)

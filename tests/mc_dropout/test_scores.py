@@ -165,13 +165,14 @@ def test_a_score_of_ones_own(registry: None) -> None:
     assert uncertainty_needs(["spread", "beam_score"]) == {"sample_log_probs", *answers}
     found = compute_uncertainties(Evidence(sample_log_probs=[[-1.0, -3.0], [-2.0, -2.0]]), ["spread"])
     assert found["spread"].tolist() == [1.0, 0.0]
-    register_uncertainty("one", lambda texts: 1.0)
+    register_uncertainty("one", lambda texts: [1.0])
+    register_uncertainty("one", lambda texts: 1.0)  # in its place
     with pytest.raises(ValueError, match=r"uncertainty 'one' gave shape \[\] for 1 source"):
         compute_uncertainties(Evidence(texts=[["a", "b"]]), ["one"])
 
 
 def test_wrong_registrations_and_evidence_are_refused(registry: None) -> None:
-    for name, match in (("bleuvar", "taken"), ("two words", "no identifier")):
+    for name, match in (("bleuvar", "taken"), ("source", "taken"), ("two words", "no identifier")):
         with pytest.raises(ValueError, match=match):
             register_uncertainty(name, len)
     for needs in ("texts", [], ["text"]):

@@ -6,10 +6,19 @@ import math
 import datasets
 import pytest
 import torch
+import transformers
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_efx.core.data.fingerprints import weights_fingerprint
-from hf_efx.mc_dropout import DeferralThreshold, TranslationOptions, Translator, choose_threshold, score_translations
+from hf_efx.mc_dropout import (
+    UNCERTAINTIES,
+    DeferralThreshold,
+    TranslationOptions,
+    Translator,
+    choose_threshold,
+    register_uncertainty,
+    score_translations,
+)
 from hf_efx.mc_dropout.translation_table import ARROW, JSON_LINES, SETTINGS
 from mc_dropout.translators import POSITIONS, SOURCES, built
 
@@ -113,7 +122,7 @@ def test_nested_columns(marian):
 
 
 def test_files_are_read(marian, tmp_path):
-    (tmp_path / "letters.txt").write_text("eins\n\nzwei\n", encoding="utf-8")
+    (tmp_path / "letters.txt").write_text("\ufeffeins\r\n\r\nzwei\r\n", encoding="utf-8", newline="")
     (tmp_path / "pairs.tsv").write_text("de\ten\neins\tone\n\t\nzwei\ttwo\n", encoding="utf-8")
     lines = score(marian, tmp_path / "letters.txt")
     assert lines["source"][:] == ["eins", "", "zwei"]
@@ -205,6 +214,23 @@ def test_a_folder_of_another_run_is_refused(marian, tmp_path, calls):
         score(marian, output_dir=tmp_path)
 
 
+def test_functions_are_told_apart_and_what_cannot_be_is_not_resumed(marian, tmp_path, calls):
+    try:
+        for value in (1.0, 2.0):
+            register_uncertainty("mine", lambda texts, value=value: [value] * len(texts))
+            given = {"uncertainties": ["mine"], "output_dir": tmp_path / str(value)}
+            assert score(marian, **given)["mine"][0] == score(marian, **given)["mine"][0] == value
+        assert len(calls) == 2
+        with pytest.raises(ValueError, match="made otherwise .score mine="):
+            score(marian, uncertainties=["mine"], output_dir=tmp_path / "1.0")
+    finally:
+        UNCERTAINTIES.pop("mine")
+    processors = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(2.0)])
+    score(marian, logits_processor=processors, output_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match="can't be compared"):
+        score(marian, logits_processor=processors, output_dir=tmp_path / "out")
+
+
 def test_a_share_is_deferred_and_its_threshold_kept(marian, tmp_path):
     table = score(marian, output_dir=tmp_path, defer_share=0.5)
     threshold = DeferralThreshold.load(tmp_path)
@@ -239,6 +265,7 @@ def test_a_share_is_deferred_and_its_threshold_kept(marian, tmp_path):
         ({"num_samples": 1}, "num_samples=1: one sample"),
         ({"num_samples": 0}, "num_samples=0: one sample"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": 2**63}, "seed=9223372036854775808: expected 0 or more, below"),
         ({"defer_above": math.nan}, "defer_above=nan: expected a finite number"),
         ({"defer_share": 1.0}, "defer_share=1.0: expected a share"),
         ({"defer_share": 0.1, "defer_above": 0.5}, "give one of them"),
@@ -253,6 +280,12 @@ def test_bad_input_is_refused_before_anything_is_written(given, match, marian, t
     with pytest.raises(ValueError, match=match):
         score(marian, given.pop("data", SOURCES), output_dir=tmp_path / "out", **given)
     assert calls == [] and not (tmp_path / "out").exists()
+
+
+def test_what_is_no_model_is_refused(marian):
+    for model in ("you/model", torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="load a transformers model"):
+            score((model, marian[1]))
 
 
 def test_bad_files_are_refused_before_anything_is_written(marian, tmp_path):

@@ -134,7 +134,7 @@ def _load_files(path: Path, columns: Mapping[str, str], sample_by: str, cache_di
     if any(_LOADERS[suffix] != (kind, options) for suffix in suffixes):
         raise ValueError(f"source={str(path)!r} mixes {sorted(suffixes)}: name one file, or a folder of one kind")
     if kind == "text":
-        options = {"sample_by": sample_by}
+        options = {"sample_by": sample_by, "encoding": "utf-8-sig"}
     elif kind == "csv":
         options = {**options, "converters": dict.fromkeys(columns.values(), str)}  # "007" is text too
     names = {"train", "validation", "test", *_SPLIT_NAMES}
