@@ -238,7 +238,7 @@ def memory_row(seed: int, small: bool) -> Row:
     count = 40 if small else SCORED
     texts = [" ".join(generator.choices(words, k=generator.randint(3, 12))) for _ in range(count)]
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = train_marian_tokenizer(Path(folder, "tokenizer"), texts, 200 if small else 2000)
+        tokenizer = train_marian_tokenizer(Path(folder, "tokenizer"), texts, 200 if small else 1500)
         inputs = tokenizer(texts[:20], return_tensors="pt", padding=True)
         set_end(model, {name: inputs[name] for name in ("input_ids", "attention_mask")})
         # What the model says beyond the tokenizer's words has no text.
