@@ -82,7 +82,11 @@ class EfxTrainerMixin(_Base):
         """
         self._resume_from = self._resume_point(resume_from_checkpoint)
         self._pending_metrics = None  # of a run that ended with an exception
-        self._take_changed_arguments()
+        # Both may have been set on `args` since the base class read them.
+        if self.args.seed != self._seed_in_use:
+            set_seed(self.args.seed)
+        if not self.args.auto_find_batch_size:  # else a smaller one was found
+            self._train_batch_size = self.args.train_batch_size
         try:
             if self._resume_from is not None and self.model is not None and self.model_init is None:
                 self._match_structure(self.model, self._resume_from, fresh=self.optimizer is None)
@@ -104,13 +108,6 @@ class EfxTrainerMixin(_Base):
         """As the base class, which calls it once it has drawn its random numbers by the seed."""
         super().create_accelerator_and_postprocess()
         self._seed_in_use = self.args.seed
-
-    def _take_changed_arguments(self) -> None:
-        """Lets a seed and a batch size act that were set on `args` since the base class read them."""
-        if self.args.seed != self._seed_in_use:
-            set_seed(self.args.seed)
-        if not self.args.auto_find_batch_size:  # else a smaller one was found
-            self._train_batch_size = self.args.train_batch_size
 
     def end(self) -> None:
         """Ends trackers and the process group, as the base class does; the model stays.
