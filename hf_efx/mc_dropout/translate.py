@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_efx.core.model.wrappers import unwrap_model
@@ -27,6 +26,7 @@ from hf_efx.core.scoring.decoding import (
     drawn_tokens,
     generate_by,
     generation_config,
+    log_probs_of,
     reads_padding,
     teacher_forcing,
 )
@@ -246,8 +246,8 @@ class Translator:
             for rows, batch in self._readings(inputs, answers, 1):
                 tokens, mask = answers.tokens[rows], answers.mask[rows]
                 logits = at_least_float(self._inner(**batch).logits[:, -tokens.shape[1] :])
-                found = -F.cross_entropy(logits.mT, tokens, reduction="none")
-                totals.append(torch.where(mask, found.double(), 0).sum(1))  # what is behind the end may be anything
+                found = log_probs_of(logits, tokens).double()
+                totals.append(torch.where(mask, found, 0).sum(1))  # what is behind the end may be anything
         return torch.cat(totals).cpu().numpy()
 
     def _token_statistics(

@@ -223,7 +223,6 @@ def write_task_card(
         task: What it was trained and evaluated on.
         figures: Of its run.
         method: By which it was trained, as in the registry; `configuration` is empty where it wasn't.
-        title: Of the results; without it the method and the data.
         configuration: The method's settings.
         note: Further sentences of the description.
         **parts: Further parts of the card, as `write_model_card` takes them.

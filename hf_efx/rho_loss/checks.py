@@ -2,8 +2,9 @@
 
 import copy
 import itertools
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +15,14 @@ from transformers import Trainer
 
 from hf_efx.core.data.example_ids import ID_COLUMN, IdIndex
 from hf_efx.core.model.wrappers import unwrap_model
-from hf_efx.core.scoring.batches import check_rows, check_same_twice, take_rows
+from hf_efx.core.scoring.batches import check_rows, take_rows
 from hf_efx.core.scoring.forward import Forward, aligned
 from hf_efx.core.scoring.losses import Task, per_example_loss
-from hf_efx.core.scoring.scoring_state import scoring_state
+from hf_efx.core.scoring.scoring_state import random_state_kept, scoring_state
 from hf_efx.rho_loss.arguments import RHOLossArgumentsMixin
 from hf_efx.rho_loss.selection import SelectionFunction
+
+logger = logging.getLogger(__name__)
 
 # What trl's Trainers add up in compute_loss, to be logged.
 _KEPT_FIGURES = ("_metrics", "_stored_metrics", "_total_train_tokens")
@@ -292,6 +295,42 @@ def check_columns(data: Any, columns: Sequence[str]) -> IdIndex | None:
                 way = "call add_example_ids(dataset) before any map, filter or shuffle"
             raise ValueError(f"train_dataset has no column {name!r}, only {', '.join(names)}: {way}.")
     return IdIndex(data) if isinstance(data, Dataset) else None
+
+
+def check_same_twice(collate: Callable[[], Mapping[str, Any]], collator: Any) -> None:
+    """Refuses a data collator that makes other labels of the same rows each time, such as one that masks at random.
+
+    Losses that were computed of one collation then say nothing about another. Other inputs under the same labels
+    (augmented images) are logged. The random state is put back.
+
+    Args:
+        collate: Fetches and collates a few rows, the same in every call.
+        collator: What collates, for the message.
+
+    Raises:
+        ValueError: If labels differ between two calls.
+    """
+    with random_state_kept(nn.Identity()):
+        one, other = collate(), collate()
+    changed = [
+        name for name, value in one.items() if isinstance(value, torch.Tensor) and not _alike(value, other[name])
+    ]
+    what = (
+        f"data_collator={getattr(collator, '__name__', type(collator).__name__)} (or the data set's transform) makes "
+        f"other {', '.join(changed)} of the same rows each time, but the table of irreducible losses is of one time"
+    )
+    if any("label" in name for name in changed):
+        raise ValueError(
+            f"{what}: mask (or mix) once, with dataset.map, and collate with padding alone, or choose a selection "
+            f"that reads no table, such as 'loss'"
+        )
+    if changed:
+        logger.warning("%s: it stands for all of them.", what)
+
+
+def _alike(one: torch.Tensor, other: Any) -> bool:
+    """Whether two tensors hold the same, NaNs too."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def check_collator(loader: Any, data: Any, collator: Any) -> None:

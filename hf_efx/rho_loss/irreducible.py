@@ -29,10 +29,11 @@ from hf_efx.core.data.tables import (
     weights_fingerprint,
 )
 from hf_efx.core.data.text_data import source_name
-from hf_efx.core.scoring.batches import check_rows, check_same_twice, take_rows
+from hf_efx.core.scoring.batches import check_rows, take_rows
 from hf_efx.core.scoring.losses import Task
 from hf_efx.core.scoring.scorer import Precision, Scorer, infer_task
 from hf_efx.core.scoring.scoring_state import base_model
+from hf_efx.rho_loss.checks import check_same_twice
 from hf_efx.rho_loss.exchange import process_rank, wait_for_all
 from hf_efx.rho_loss.irreducible_table import (
     KIND,

@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_efx.core.data.example_ids import ID_COLUMN, IdIndex
-from hf_efx.core.model.wrappers import unwrap_model
 from hf_efx.core.scoring.losses import per_example_loss
 from hf_efx.core.scoring.scorer import infer_task
-from hf_efx.core.scoring.scoring_state import untouched
+from hf_efx.core.scoring.scoring_state import random_state_kept
 from hf_efx.core.training.step_context import derive_seed
 from hf_efx.core.training.trainer import EfxTrainerMixin
 from hf_efx.rho_loss.arguments import RHOLossArguments
@@ -236,7 +235,7 @@ class RHOLossMixin(EfxTrainerMixin, _Base):
         rank, step = self.args.process_index, self.state.global_step
         together = None if options.selection_scope == "global" else rank
         generator = torch.Generator().manual_seed(derive_seed(options.seed, step, 0, together, "rho_loss"))
-        with untouched(unwrap_model(self._scores_with), copy_buffers=False):
+        with random_state_kept(self._scores_with):
             # Dropout's draws: the Trainer puts a checkpoint's random state back after its first choice, not before.
             set_seed(derive_seed(options.seed, step, 0, rank, "scoring") % 2**32)
             outcome = self._selector(self._scores_with, drawn, generator)

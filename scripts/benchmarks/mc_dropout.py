@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_time import kept_rows, measured
+from step_time import kept_rows, measured, process_memory
 from transformers import MarianConfig, MarianMTModel
 
 from hf_efx import dropout_active, sample_generate
@@ -248,9 +248,7 @@ def memory_row(seed: int, small: bool) -> Row:
             model, tokenizer, texts, output_dir=Path(folder, "out"), max_new_tokens=LONGEST, progress=False
         )
         seconds = time.process_time() - start
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    return {"peak_bytes": peak, "seconds": seconds, "sources_per_second": count / seconds}
+    return {"peak_bytes": process_memory("VmHWM"), "seconds": seconds, "sources_per_second": count / seconds}
 
 
 def measure(name: str, seed: int, rounds: int, small: bool) -> list[Row]:

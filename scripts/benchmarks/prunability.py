@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from step_time import kept_rows, measured
+from step_time import kept_rows, measured, process_memory
 from torch import nn
 from torch.nn.utils import prune
 
@@ -134,7 +134,7 @@ def gpt2_part(part: str, small: bool, batches: int) -> Row:
         model(ids[:1, :2])  # what is set up once
     calls.clear()
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held now (Linux)
-    held = _memory("VmRSS")
+    held = process_memory("VmRSS")
     start = time.perf_counter()
     result = None
     if part == PARTS[1]:
@@ -146,17 +146,11 @@ def gpt2_part(part: str, small: bool, batches: int) -> Row:
         sample(model)
         del kept
     row = {"seconds": time.perf_counter() - start, "passes": len(calls) / forwards, "weights_bytes": weights}
-    row |= {"peak_bytes": _memory("VmHWM") - held, "resident_bytes": held}
+    row |= {"peak_bytes": process_memory("VmHWM") - held, "resident_bytes": held}
     if result is not None:
         ranked = sum(p.numel() for name, p in model.named_parameters() if name in result.kept)
         row |= {"evaluations": result.evaluations, "fraction": result.fraction, "ranked_share": 4 * ranked / weights}
     return row
-
-
-def _memory(name: str) -> int:
-    """Bytes that this process holds now (VmRSS) or held at its peak (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def measure(name: str, seed: int, steps: int, quick: bool) -> list[Row]:

@@ -64,6 +64,12 @@ def measured(
     return list(rows.values())
 
 
+def process_memory(name: str) -> int:
+    """Bytes that this process holds now (VmRSS) or held at its peak (VmHWM), on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
 def synchronize(device: str) -> None:
     """Waits for the device, so that a clock that is read next counts its work."""
     if device == "cuda":

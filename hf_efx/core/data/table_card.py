@@ -108,6 +108,7 @@ def write_table_card(
     source: str,
     hub: bool,
 ) -> None:
+    """Writes a table's card and, where matplotlib is installed, its picture; `hub` adds what the viewer goes by."""
     if plot is not None:
         try:
             plot(folder / PLOT_FILE)

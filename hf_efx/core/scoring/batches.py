@@ -5,18 +5,13 @@ along the sequence is read off `attention_mask` [n, seq]: those of its width, un
 Where that is in doubt a batch stays untrimmed, which costs time and never a wrong row.
 """
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from hf_efx.core.scoring.losses import IGNORE_INDEX
-from hf_efx.core.scoring.scoring_state import untouched
-
-logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 PADDING: dict[str, float] = {"labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0}
@@ -54,42 +49,6 @@ def check_rows(batch: Batch, examples: int) -> None:
     """Raises ValueError unless a batch that was collated of so many examples has a row for each."""
     if (rows := batch_size(batch)) != examples:
         raise ValueError(f"the data collator made {rows} rows of {examples} examples: {_UNPACK}")
-
-
-def check_same_twice(collate: Callable[[], Batch], collator: Any) -> None:
-    """Refuses a data collator that makes other labels of the same rows each time, such as one that masks at random.
-
-    Losses that were computed of one collation then say nothing about another. Other inputs under the same labels
-    (augmented images) are logged. The random state is put back.
-
-    Args:
-        collate: Fetches and collates a few rows, the same in every call.
-        collator: What collates, for the message.
-
-    Raises:
-        ValueError: If labels differ between two calls.
-    """
-    with untouched(nn.Identity()):  # which leaves the random state
-        one, other = collate(), collate()
-    changed = [
-        name for name, value in one.items() if isinstance(value, torch.Tensor) and not _alike(value, other[name])
-    ]
-    what = (
-        f"data_collator={getattr(collator, '__name__', type(collator).__name__)} (or the data set's transform) makes "
-        f"other {', '.join(changed)} of the same rows each time, but the table of irreducible losses is of one time"
-    )
-    if any("label" in name for name in changed):
-        raise ValueError(
-            f"{what}: mask (or mix) once, with dataset.map, and collate with padding alone, or choose a selection "
-            f"that reads no table, such as 'loss'"
-        )
-    if changed:
-        logger.warning("%s: it stands for all of them.", what)
-
-
-def _alike(one: torch.Tensor, other: Any) -> bool:
-    """Whether two tensors hold the same, NaNs too."""
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def take_rows(batch: Batch, rows: torch.Tensor | slice) -> dict[str, Any]:

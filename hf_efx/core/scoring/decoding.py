@@ -160,7 +160,7 @@ def decode_rows(
     prompt = 1 if base_model(model).config.is_encoder_decoder else inputs["input_ids"].shape[1]
     logits = at_least_float(model(**teacher_forcing(model, inputs, sequences)).logits)[:, prompt - 1 :]
     tokens = sequences[:, prompt:]
-    return Decoded(tokens, _log_prob(logits, tokens), logits[:, 0], prompt)
+    return Decoded(tokens, log_probs_of(logits, tokens), logits[:, 0], prompt)
 
 
 def generate_by(config: GenerationConfig, model: Any, **kwargs: Any) -> Any:
@@ -219,7 +219,8 @@ def _limit(config: GenerationConfig, prompt: int) -> int:
     return prompt + 20 if config.max_length is None else config.max_length
 
 
-def _log_prob(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def log_probs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [...] of tokens [...] under logits [..., vocabulary]."""
     losses = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")  # half logsumexp's time
     return -losses.view_as(tokens)
 
@@ -268,7 +269,7 @@ def _decode(
         drawn = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
         if config._pad_token_tensor is not None:
             drawn = torch.where(finished, config._pad_token_tensor.to(drawn.device), drawn)
-        steps.append((rows, drawn, _log_prob(logits, drawn)))
+        steps.append((rows, drawn, log_probs_of(logits, drawn)))
         tokens = torch.cat([tokens, drawn[:, None]], 1)
         finished = finished | stopping_criteria(tokens, None)
         left = int((~finished).sum())

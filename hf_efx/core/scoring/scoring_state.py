@@ -40,7 +40,7 @@ def untouched(model: nn.Module, copy_buffers: bool = True) -> Iterator[None]:
     """
     modules = list(model.modules())
     training = [module.training for module in modules]
-    with _random_state(model), _kept_buffers(modules, copy_buffers):
+    with random_state_kept(model), _kept_buffers(modules, copy_buffers):
         try:
             yield
         finally:
@@ -122,7 +122,7 @@ def _other_noise_off(modules: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state(model: nn.Module) -> Iterator[None]:
+def random_state_kept(model: nn.Module) -> Iterator[None]:
     """Puts the random states back that a forward pass may draw from (wav2vec2's masks use numpy's, for one)."""
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     kind = next((device.type for device in devices), "cpu")

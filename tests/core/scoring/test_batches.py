@@ -1,6 +1,5 @@
 """Operations on collated batches, against rows written out by hand."""
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -9,7 +8,6 @@ from hf_efx.core.scoring.batches import (
     align_left,
     batch_size,
     check_rows,
-    check_same_twice,
     concatenate_rows,
     sequence_names,
     take_rows,
@@ -51,27 +49,6 @@ def test_rows_of_several_examples_are_refused():
     left = _left() | {"position_ids": torch.tensor([[1, 1, 0, 1, 2], [1, 1, 1, 1, 0]])}
     assert batch_size(left) == 2 and batch_size({"position_ids": torch.tensor([[0, 1, 1, 2]])}) == 1
     check_rows(left, 2)
-
-
-def test_labels_that_differ_each_time_are_refused(caplog):
-    """What is drawn for the comparison isn't missing from the run's own draws."""
-    labels, images = torch.tensor([[5, 6], [7, -100]]), torch.full((2, 3), torch.nan)
-
-    def masked():
-        return {"labels": torch.randint(2**40, (2, 2)), "input_ids": labels}
-
-    def augmented():
-        return {"labels": labels, "pixel_values": images + torch.rand(2, 3), "other": torch.tensor(np.random.rand(2))}
-
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    with pytest.raises(ValueError, match=r"data_collator=masked .* makes other labels of the same rows each time"):
-        check_same_twice(masked, masked)
-    check_same_twice(lambda: {"labels": labels, "x": images, "text": ["a"]}, dict)
-    assert "same rows" not in caplog.text
-    check_same_twice(augmented, augmented)
-    assert "makes other other of the same rows" in caplog.text  # NaNs are alike
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([2, 0, 0]), slice(1, 3)], ids=["indices", "slice"])
