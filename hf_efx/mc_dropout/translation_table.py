@@ -82,13 +82,15 @@ def score_translations(
         raise ValueError(f"the data has a column {taken[0]!r}, which the scores need: rename or remove it.")
     translator = Translator(model, tokenizer, options, **generate_kwargs)
     threshold = checked_threshold(defer_above, translator)
-    settings = {
-        "options": {**dataclasses.asdict(options), "max_batch_rows": None},
-        "generation": translator.settings(),
-        "model": weights_fingerprint(model),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": data_fingerprint(dataset, ["source"]),
-    }
+    settings: dict[str, Any] = {}
+    if output_dir is not None:  # nothing else reads them, and they cost a pass over the weights
+        settings = {
+            "options": {**dataclasses.asdict(options), "max_batch_rows": None},
+            "generation": translator.settings(),
+            "model": weights_fingerprint(model),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "data": data_fingerprint(dataset, ["source"]),
+        }
     rows = _Rows(None if output_dir is None else Path(output_dir), settings)
     texts, ids = [text or "" for text in dataset["source"]], dataset[ID_COLUMN]
     translator.check(texts)  # what doesn't fit shows at once
@@ -127,7 +129,7 @@ def _chosen(
     name = options.scores[0]
     scores = [row[name] for row in rows if row[name] is not None]
     made = {"score": name, "num_samples": options.num_samples, "masks": options.masks}
-    made |= {key: settings[key] for key in ("model", "generation")}
+    made |= {key: settings.get(key) for key in ("model", "generation")}
     threshold = choose_threshold(scores, share, **made)
     if folder is not None:
         threshold.save(folder)

@@ -12,16 +12,16 @@ A killed study goes on where it stopped. Results: scripts/reproduce/results/low_
 
 import argparse
 import math
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from study_jobs import Job, run_all
 
 BLOCK, BATCH, EVALUATION_BLOCKS = 128, 8, 1024
 MODEL: dict[str, Any] = {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": BLOCK}
@@ -62,17 +62,11 @@ LOOK = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run."""
-
-    name: str
-    configuration: Configuration
-    steps: int
-    seed: int
+def _job(name: str, configuration: Configuration, steps: int, seed: int) -> Job:
+    return Job(name, seed, steps, {"configuration": configuration})
 
 
-def run(job: Job, data: str, queue: Any) -> dict[str, Any]:
+def run(job: Job, queue: Any, data: str) -> dict[str, Any]:
     """Trains one configuration in this process, on one thread, and returns its row."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -86,6 +80,7 @@ def run(job: Job, data: str, queue: Any) -> dict[str, Any]:
     from hf_efx.core.data.text_data import TextCollator, byte_tokenizer
 
     transformers.logging.set_verbosity_error()
+    configuration: Configuration = job.options["configuration"]
 
     class Steps(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -102,8 +97,8 @@ def run(job: Job, data: str, queue: Any) -> dict[str, Any]:
             "max_steps": job.steps,
             "learning_rate": LEARNING_RATE,
             "lr_scheduler_type": "constant",
-            "dense_warmup_steps": round(job.configuration.warmup_share * job.steps),
-            **job.configuration.arguments,
+            "dense_warmup_steps": round(configuration.warmup_share * job.steps),
+            **configuration.arguments,
         }
         arguments = LowRankArguments(
             folder,
@@ -127,7 +122,7 @@ def run(job: Job, data: str, queue: Any) -> dict[str, Any]:
             eval_dataset=load_from_disk(f"{data}/validation"),
             data_collator=TextCollator(eos),
             callbacks=[Steps()],
-            low_rank_config=LowRankConfig(**job.configuration.low_rank) if job.configuration.low_rank else None,
+            low_rank_config=LowRankConfig(**configuration.low_rank) if configuration.low_rank else None,
         )
         # The Trainer prints its logs where the bar is.
         trainer.remove_callback(transformers.PrinterCallback)
@@ -143,7 +138,7 @@ def run(job: Job, data: str, queue: Any) -> dict[str, Any]:
         "seconds": seconds,
         "curve": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
     }
-    if job.configuration.low_rank:
+    if configuration.low_rank:
         layers = low_rank_report(model).layers
         row["effective_rank_share"] = sum(layer.effective_rank / layer.rank for layer in layers) / len(layers)
         row["frobenius_norm"] = sum(layer.frobenius_norm for layer in layers) / len(layers)
@@ -162,30 +157,6 @@ def prepare(source: str | None, folder: Path) -> dict[str, Any]:
         blocks.save_to_disk(str(folder / split))
     name = Path(source).name if source else "standard library text of this Python"
     return {"name": name, "fingerprint": content_fingerprint(text["train"])}
-
-
-def run_all(jobs: Sequence[Job], rows: Any, data: str, workers: int) -> None:
-    """Runs what isn't there yet, `workers` runs at a time, with a bar over all their steps."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    todo = [job for job in jobs if not rows.has((job.name, job.seed))]
-    context = multiprocessing.get_context("spawn")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
-        Progress(*columns) as bar,
-    ):
-        queue = manager.Queue()
-        task = bar.add_task("steps", total=sum(job.steps for job in todo))
-        waiting = {pool.submit(run, job, data, queue): job for job in todo}
-        while waiting:
-            for future in [f for f in waiting if f.done()]:
-                job = waiting.pop(future)
-                rows.add((job.name, job.seed), future.result())
-                bar.console.print(f"{job.name}, seed {job.seed}: perplexity {rows.rows[-1]['perplexity']:.3f}")
-            bar.advance(task, sum(queue.get() for _ in range(queue.qsize())))
-            time.sleep(1)
 
 
 def gap_closed(rows: Mapping[tuple[str, int], Any], name: str, budget: str, seeds: Sequence[int]) -> list[float]:
@@ -332,15 +303,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             "data": data,
         }
         rows = StudyRows(path, settings)
-        jobs = [Job(f"{n} (short)", c, short, s) for n, c in CONFIGURATIONS.items() for s in options.seeds]
-        jobs += [Job(f"{n} (long)", CONFIGURATIONS[n], long, s) for n in LONG for s in options.seeds]
-        run_all(jobs, rows, folder, options.workers)
+        jobs = [_job(f"{n} (short)", c, short, s) for n, c in CONFIGURATIONS.items() for s in options.seeds]
+        jobs += [_job(f"{n} (long)", CONFIGURATIONS[n], long, s) for n in LONG for s in options.seeds]
+        run_all(run, jobs, rows, options.workers, data=folder)
         table = {(r["configuration"], r["seed"]): r for r in rows.rows}
         rest = [n for n in CONFIGURATIONS if n not in LONG]
         best = min(rest, key=lambda n: sum(table[f"{n} (short)", s]["perplexity"] for s in options.seeds))
-        jobs = [Job(f"{best} (long)", CONFIGURATIONS[best], long, s) for s in options.seeds]
-        jobs += [Job(f"look: {n} (long)", c, long, options.seeds[0]) for n, c in LOOK.items()]
-        run_all(jobs, rows, folder, options.workers)
+        jobs = [_job(f"{best} (long)", CONFIGURATIONS[best], long, s) for s in options.seeds]
+        jobs += [_job(f"look: {n} (long)", c, long, options.seeds[0]) for n, c in LOOK.items()]
+        run_all(run, jobs, rows, options.workers, data=folder)
 
     table = {(r["configuration"], r["seed"]): r for r in rows.rows}
     closed = {n: statistics.fmean(gap_closed(table, n, "short", options.seeds)) for n in ("spectral", "warm-up")}
